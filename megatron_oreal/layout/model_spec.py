@@ -1,0 +1,174 @@
+"""What a model is, read from its Hugging Face ``config.json``: the one place that knows the families we support."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_oreal.errors import UserError
+
+FAMILIES: dict[str, str] = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama",
+}
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding: ``kind`` is Hugging Face's ``rope_type``. Only scalings that leave cos and sin unscaled."""
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def inverse_frequencies(self, head_dim: int) -> list[float]:
+        """Angular frequency (radians a position) of each of the ``head_dim // 2`` rotated pairs, in float64."""
+        freqs = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+        if self.kind == "linear":
+            return [f / self.factor for f in freqs]
+        if self.kind == "llama3":
+            return [self._llama3(f) for f in freqs]
+        return freqs
+
+    def _llama3(self, freq: float) -> float:
+        """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, the band between blended linearly."""
+        wavelength = 2 * math.pi / freq
+        turns = self.original_max_position_embeddings / wavelength
+        if turns > self.high_freq_factor:
+            return freq
+        if turns < self.low_freq_factor:
+            return freq / self.factor
+        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return (1 - blend) * freq / self.factor + blend * freq
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The shape of a dense decoder-only model (RMSNorm, RoPE, SwiGLU, GQA). Sizes are in elements."""
+
+    family: Literal["qwen2", "qwen3", "llama"]
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    rope: RopeSpec
+
+    @property
+    def q_size(self) -> int:
+        """Rows of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.num_kv_heads * self.head_dim
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole language model, a tied embedding counted once."""
+        per_layer = self.hidden_size * (2 * self.q_size + 2 * self.kv_size + 3 * self.ffn_hidden_size + 2)
+        if self.qkv_bias:
+            per_layer += self.q_size + 2 * self.kv_size
+        if self.qk_norm:
+            per_layer += 2 * self.head_dim
+        tables = 1 if self.tied_embeddings else 2
+        return self.num_layers * per_layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
+
+
+def load_model_spec(model_dir: str | Path) -> ModelSpec:
+    """Read ``config.json`` of a Hugging Face model directory.
+
+    Raises ``UserError`` when the file is missing or malformed, the architecture is not one of ``FAMILIES``, or the
+    config asks for something that the table of its family does not describe.
+    """
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"model directory {str(model_dir)!r} has no config.json: give a Hugging Face model directory")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    return model_spec_from_config(config, str(path))
+
+
+def model_spec_from_config(config: dict[str, Any], origin: str = "config.json") -> ModelSpec:
+    """Build the spec from a parsed ``config.json``; ``origin`` names the file in error messages."""
+    architectures = config.get("architectures") or [None]
+    family = FAMILIES.get(architectures[0])
+    if family is None:
+        raise UserError(f"{origin}: architectures={architectures} is not supported: use one of {', '.join(FAMILIES)}")
+    _refuse_unsupported(config, family, origin)
+    try:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        spec = ModelSpec(
+            family=family,  # type: ignore[arg-type]
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=hidden,
+            ffn_hidden_size=int(config["intermediate_size"]),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab_size=int(config["vocab_size"]),
+            max_position_embeddings=int(config["max_position_embeddings"]),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            rope=_rope_spec(config, origin),
+        )
+    except KeyError as error:
+        raise UserError(f"{origin}: key {error} is missing") from None
+    if spec.num_heads % spec.num_kv_heads:
+        raise UserError(
+            f"{origin}: num_attention_heads={spec.num_heads} is not a multiple of num_key_value_heads={spec.num_kv_heads}"
+        )
+    return spec
+
+
+def _refuse_unsupported(config: dict[str, Any], family: str, origin: str) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{origin}: hidden_act={config['hidden_act']!r} is not supported: only 'silu'")
+    if config.get("use_sliding_window"):
+        raise UserError(f"{origin}: use_sliding_window=true is not supported: set it to false")
+    if family != "qwen2" and config.get("attention_bias"):
+        raise UserError(f"{origin}: attention_bias=true is not supported for {family}")
+    if config.get("mlp_bias"):
+        raise UserError(f"{origin}: mlp_bias=true is not supported")
+    if config.get("quantization_config"):
+        raise UserError(f"{origin}: quantization_config is not supported: give an unquantized model")
+
+
+def _rope_spec(config: dict[str, Any], origin: str) -> RopeSpec:
+    """transformers 5 writes ``rope_parameters``; earlier versions ``rope_theta`` and ``rope_scaling``."""
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return RopeSpec(theta=theta)
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"{origin}: rope_type={kind!r} is not supported: use default, linear or llama3")
+    if kind == "linear":
+        return RopeSpec(theta=theta, kind="linear", factor=float(rope["factor"]))
+    return RopeSpec(
+        theta=theta,
+        kind="llama3",
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )
