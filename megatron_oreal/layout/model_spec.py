@@ -14,7 +14,11 @@ FAMILIES: dict[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "LlamaForCausalLM": "llama",
+    "Qwen2ForSequenceClassification": "qwen2",
+    "Qwen3ForSequenceClassification": "qwen3",
+    "LlamaForSequenceClassification": "llama",
 }
+"""Architecture to family. A sequence classifier with one label is a reward model: the same backbone, a scalar head."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class RopeSpec:
         return freqs
 
     def _llama3(self, freq: float) -> float:
-        """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, the band between blended linearly."""
+        """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, the band between blended."""
         wavelength = 2 * math.pi / freq
         turns = self.original_max_position_embeddings / wavelength
         if turns > self.high_freq_factor:
@@ -102,6 +106,8 @@ def load_model_spec(model_dir: str | Path) -> ModelSpec:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object")
     return model_spec_from_config(config, str(path))
 
 
@@ -133,9 +139,14 @@ def model_spec_from_config(config: dict[str, Any], origin: str = "config.json") 
         )
     except KeyError as error:
         raise UserError(f"{origin}: key {error} is missing") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{origin}: a size or a rope parameter is not a positive number ({error})") from None
     if spec.num_heads % spec.num_kv_heads:
         raise UserError(
-            f"{origin}: num_attention_heads={spec.num_heads} is not a multiple of num_key_value_heads={spec.num_kv_heads}"
+            f"{origin}: num_attention_heads={spec.num_heads} is not a multiple of "
+            f"num_key_value_heads={spec.num_kv_heads}"
         )
     return spec
 
@@ -154,10 +165,12 @@ def _refuse_unsupported(config: dict[str, Any], family: str, origin: str) -> Non
 
 
 def _rope_spec(config: dict[str, Any], origin: str) -> RopeSpec:
-    """transformers 5 writes ``rope_parameters``; earlier versions ``rope_theta`` and ``rope_scaling``."""
+    """Read ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (earlier versions)."""
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     kind = rope.get("rope_type") or rope.get("type") or "default"
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0) != 1.0:
+        raise UserError(f"{origin}: partial_rotary_factor is not supported: only 1.0")
     if kind == "default":
         return RopeSpec(theta=theta)
     if kind not in ("linear", "llama3"):

@@ -59,7 +59,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """``version`` of the weights that would answer now (-1: none loaded yet); ``awake`` is False between sleep and wake."""
+    """``version``: of the weights that would answer now (-1: none yet); ``awake``: False between sleep and wake."""
 
     ok: bool
     version: int
@@ -84,11 +84,11 @@ class Engine(Protocol):
         ...
 
     def weight_buffers(self) -> Mapping[str, Tensor]:
-        """The tensors, in the engine's own layout and names, that the next version is written into."""
+        """Return the tensors, in the engine's own layout and names, that the next version is written into."""
         ...
 
     def load_weights(self, version: int) -> None:
-        """Make what stands in ``weight_buffers()`` the weights that generate; ``version`` must be newer than the last."""
+        """Make what stands in ``weight_buffers()`` the weights that generate, as ``version``, newer than the last."""
         ...
 
     def sleep(self) -> None:

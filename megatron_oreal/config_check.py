@@ -1,0 +1,100 @@
+"""Cross-checks between config keys, the model's shape and the world, before a model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_oreal.config import Config
+from megatron_oreal.errors import UserError
+from megatron_oreal.layout.model_spec import ModelSpec
+
+
+def check_config(config: Config, spec: ModelSpec, world_size: int) -> None:
+    """Raise ``UserError`` with the first contradiction between the config, the model and the number of ranks."""
+    for message in _contradictions(config, spec, world_size):
+        raise UserError(message)
+
+
+def _contradictions(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
+    yield from _parallel(config, spec, world_size)
+    yield from _lengths(config, spec)
+    yield from _algorithm(config)
+    if config.model.chat_template and config.model.chat_template.endswith(".jinja"):
+        if not Path(config.model.chat_template).is_file():
+            yield f"model.chat_template={config.model.chat_template!r}: no such file"
+
+
+def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    name = "parallel.tensor_model_parallel_size"
+    if world_size % (tp * pp):
+        yield (
+            f"{name}={tp} x parallel.pipeline_model_parallel_size={pp} does not divide the world size {world_size}: "
+            f"start a multiple of {tp * pp} ranks"
+        )
+    if spec.num_heads % tp:
+        yield f"{name}={tp} does not divide the model's {spec.num_heads} attention heads{_divisors(spec.num_heads)}"
+    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+        yield f"{name}={tp} is neither a divisor nor a multiple of the model's {spec.num_kv_heads} key-value heads"
+    if spec.ffn_hidden_size % tp:
+        yield f"{name}={tp} does not divide the model's intermediate_size {spec.ffn_hidden_size}"
+    if parallel.sequence_parallel and tp == 1:
+        yield f"parallel.sequence_parallel=true needs {name} > 1: set it to false"
+    if vpp is not None and pp == 1:
+        yield f"parallel.virtual_pipeline_model_parallel_size={vpp} needs parallel.pipeline_model_parallel_size > 1"
+    if vpp is not None and vpp < 2:
+        yield f"parallel.virtual_pipeline_model_parallel_size={vpp}: use 2 or more, or null"
+    if spec.num_layers % (pp * (vpp or 1)):
+        yield (
+            f"parallel.pipeline_model_parallel_size={pp} x virtual {vpp or 1} does not divide the model's "
+            f"{spec.num_layers} layers{_divisors(spec.num_layers)}"
+        )
+    if parallel.recompute_granularity == "full" and parallel.recompute_method is None:
+        yield "parallel.recompute_granularity=full needs parallel.recompute_method=uniform or block"
+    if parallel.recompute_method and parallel.recompute_num_layers is None:
+        yield f"parallel.recompute_method={parallel.recompute_method} needs parallel.recompute_num_layers"
+
+
+def _divisors(n: int) -> str:
+    return " (use one of " + ", ".join(str(d) for d in range(1, n + 1) if n % d == 0) + ")"
+
+
+def _lengths(config: Config, spec: ModelSpec) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.gen_max_length > spec.max_position_embeddings:
+        yield (
+            f"rollout.gen_max_length={rollout.gen_max_length} exceeds the model's max_position_embeddings "
+            f"{spec.max_position_embeddings}: lower it"
+        )
+    if rollout.gen_max_new >= rollout.gen_max_length:
+        yield (
+            f"rollout.gen_max_new={rollout.gen_max_new} leaves no room for a prompt within rollout.gen_max_length="
+            f"{rollout.gen_max_length}: lower it"
+        )
+    if config.parallel.max_tokens_per_microbatch < rollout.gen_max_length:
+        yield (
+            f"parallel.max_tokens_per_microbatch={config.parallel.max_tokens_per_microbatch} is smaller than "
+            f"rollout.gen_max_length={rollout.gen_max_length}, the longest sequence that one micro-batch must hold: raise it"
+        )
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    algorithm, optimizer = config.algorithm, config.optimizer
+    if algorithm.actor_freeze_steps >= config.total_steps:
+        yield (
+            f"algorithm.actor_freeze_steps={algorithm.actor_freeze_steps} freezes the policy for all "
+            f"total_steps={config.total_steps}: lower it"
+        )
+    if not config.model.reward_model and algorithm.actor_freeze_steps:
+        yield (
+            f"algorithm.actor_freeze_steps={algorithm.actor_freeze_steps} with model.reward_model=false trains nothing "
+            "in those steps: set it to 0"
+        )
+    for base, minimum in (("actor_lr", "actor_min_lr"), ("token_level_rm_lr", "token_level_rm_lr_min")):
+        if getattr(optimizer, minimum) > getattr(optimizer, base):
+            yield (
+                f"optimizer.{minimum}={getattr(optimizer, minimum)} is above optimizer.{base}={getattr(optimizer, base)}"
+            )

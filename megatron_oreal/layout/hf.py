@@ -1,0 +1,166 @@
+"""Hugging Face checkpoints: their layout, and reading rectangles of their tensors from safetensors files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_oreal.errors import UserError
+from megatron_oreal.layout.blocks import Layout, Rect, Shape, ShardBuilder, ShardLayout, rect_size, to_slices
+from megatron_oreal.layout.families import hf_tensors, whole
+from megatron_oreal.layout.model_spec import ModelSpec
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def whole_tensors(tensors: dict[str, Shape]) -> ShardLayout:
+    """Describe a rank that holds these HF tensors whole, each as a parameter of the same name."""
+    builder = ShardBuilder()
+    for name, shape in tensors.items():
+        builder.add(name, [whole(name, shape)])
+    return builder.build()
+
+
+def hf_layout(spec: ModelSpec, *, reward_model: bool = False) -> Layout:
+    """Describe the checkpoint as one rank that holds every HF tensor under its own name."""
+    return Layout("Hugging Face", (whole_tensors(hf_tensors(spec, reward_model=reward_model)),))
+
+
+class SafetensorsSource:
+    """Reads rectangles of the tensors of a model directory: ``model.safetensors``, or shards with their index.
+
+    Only the bytes of a rectangle are read (the files are memory-mapped); ``bytes_read`` counts them. A context manager;
+    ``close`` drops the files. Raises ``UserError`` that names the file for a directory without safetensors files, a
+    missing or damaged shard, an index that lies, and a dtype other than float32, float16 and bfloat16.
+    """
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self.model_dir = Path(model_dir)
+        self.bytes_read = 0
+        self._stack = contextlib.ExitStack()
+        self._open: dict[str, Any] = {}
+        self._files = self._weight_map()
+
+    def __enter__(self) -> SafetensorsSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def close(self) -> None:
+        """Drop the open files. Idempotent."""
+        self._open.clear()
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """Return the name of every tensor in the directory."""
+        return list(self._files)
+
+    def shape(self, name: str) -> Shape:
+        """Return the shape of a tensor, read from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor; ``UserError`` unless it is a plain float type."""
+        stored = self._slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise UserError(f"{self._path(name)}: tensor {name!r} has dtype {stored}: use BF16, F16 or F32")
+        return _DTYPES[stored]
+
+    def read(self, name: str, rect: Rect) -> Tensor:
+        """Read the rectangle of a tensor, on the CPU, in the dtype of the file."""
+        dtype = self.dtype(name)
+        try:
+            value: Tensor = self._slice(name)[to_slices(rect)]
+        except SafetensorError as error:
+            raise UserError(f"{self._path(name)}: cannot read tensor {name!r} ({error})") from None
+        self.bytes_read += rect_size(rect) * dtype.itemsize
+        return value
+
+    def check(self, name: str, shape: Shape) -> None:
+        """Raise ``UserError`` unless the tensor is there in this shape and in a dtype that can be read."""
+        if name not in self._files:
+            raise UserError(
+                f"{self.model_dir}: tensor {name!r} {list(shape)} is missing: the weights do not fit its config.json"
+            )
+        found = self.shape(name)
+        if found != shape:
+            raise UserError(
+                f"{self._path(name)}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}"
+            )
+        self.dtype(name)
+
+    def _path(self, name: str) -> Path:
+        return self.model_dir / self._files[name]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._files:
+            raise UserError(f"{self.model_dir}: tensor {name!r} is missing")
+        try:
+            return self._file(self._files[name]).get_slice(name)
+        except SafetensorError:
+            raise UserError(
+                f"{self._path(name)}: tensor {name!r} is missing from the file that {INDEX_FILE} names"
+            ) from None
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open:
+            path = self.model_dir / file
+            try:
+                self._open[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except FileNotFoundError:
+                raise UserError(f"{path}: missing, though {INDEX_FILE} names it: download the model again") from None
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: damaged or not a safetensors file ({error}): download it again") from None
+        return self._open[file]
+
+    def _weight_map(self) -> dict[str, str]:
+        index, single = self.model_dir / INDEX_FILE, self.model_dir / SINGLE_FILE
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                return {str(name): str(file) for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{index}: not a safetensors index with a 'weight_map'") from None
+        if single.is_file():
+            return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
+        raise UserError(
+            f"{self.model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} is there: give a safetensors checkpoint"
+        )
+
+
+def partition_files(tensors: dict[str, Shape], itemsize: int, max_shard_bytes: int) -> list[dict[str, Shape]]:
+    """Cut tensors, in order, into files of at most ``max_shard_bytes``; a larger tensor gets a file of its own."""
+    files: list[dict[str, Shape]] = []
+    room = 0
+    for name, shape in tensors.items():
+        size = math.prod(shape) * itemsize
+        if not files or size > room:
+            files.append({})
+            room = max_shard_bytes
+        files[-1][name] = shape
+        room -= size
+    return files
+
+
+def file_names(count: int) -> list[str]:
+    """Return the names of the files of a checkpoint, as transformers names them."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -1,0 +1,176 @@
+"""The oracle: algorithm.md, "Token weights" and "Losses", sequence by sequence in float64.
+
+Written to be compared with the text, not to be fast; the production path (``token_weights.py``, ``coefficients.py``,
+``policy_loss.py``) shares no formula with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_oreal.errors import UserError
+from megatron_oreal.loss.settings import KlType, LossSettings, Mode
+
+
+@dataclass(frozen=True)
+class OrealLoss:
+    """Losses of one global batch, 0-d float64.
+
+    ``total`` = ``positive`` + ``negative`` + ``kl``: these four are differentiable in logp alone, ``reward_model`` in
+    the reward model's scores alone.
+    """
+
+    total: Tensor
+    positive: Tensor
+    negative: Tensor
+    kl: Tensor
+    reward_model: Tensor
+
+
+def oreal_loss_reference(
+    logp: Tensor,
+    ref_logp: Tensor,
+    rm_scores: Tensor | None,
+    lengths: Sequence[int],
+    rewards: Sequence[float] | Tensor,
+    advantages: Sequence[float] | Tensor,
+    *,
+    mode: Mode = "released",
+    old_logp: Tensor | None = None,
+    pass_rates: Sequence[float] | Tensor | None = None,
+    **coefficients: Any,
+) -> OrealLoss:
+    """Compute every loss of a batch of kept sequences exactly as algorithm.md states it.
+
+    Args:
+        logp: float64 [N], log-probabilities of the response tokens, the kept sequences one after another.
+        ref_logp: float64 [N], the same under the reference model; constant.
+        rm_scores: float64 [N], the token reward model's scores s_t of the same tokens; None: no reward model (all
+            weights 1, ``reward_model`` 0).
+        lengths: response length of each sequence, all >= 1; their sum is N.
+        rewards: +1 or -1 a sequence.
+        advantages: A_i, one a sequence; unused in ``paper`` mode.
+        mode: ``released`` or ``paper``.
+        old_logp: float64 [N], constant; None: logp detached, one update a rollout.
+        pass_rates: p_i in [0, 1], one a sequence; required in ``paper`` mode when there are negatives.
+        **coefficients: the other keys of ``LossSettings``, with their defaults.
+
+    Raises:
+        UserError: for an unknown coefficient, a value out of range, or shapes that do not agree.
+
+    """
+    settings = LossSettings.of(mode=mode, **coefficients)
+    _check_tokens(lengths, logp=logp, ref_logp=ref_logp, rm_scores=rm_scores, old_logp=old_logp)
+    signs = _per_sequence("rewards", rewards, len(lengths))
+    advantage = _per_sequence("advantages", advantages, len(lengths))
+    if any(sign not in (1.0, -1.0) for sign in signs):
+        raise UserError(f"rewards are {signs}; each must be +1 or -1")
+    if pass_rates is None and mode == "paper" and -1.0 in signs:
+        raise UserError("pass_rates is None; mode 'paper' needs one pass rate a sequence when there are negatives")
+    pass_rate = None if pass_rates is None else _per_sequence("pass_rates", pass_rates, len(lengths))
+
+    logp = logp.double()
+    ref = ref_logp.detach().double()
+    old = logp.detach() if old_logp is None else old_logp.detach().double()
+    anchor = ref if settings.kl_anchor == "reference" else old
+    num_positive = sum(n for n, sign in zip(lengths, signs, strict=True) if sign > 0)  # N⁺
+    num_negative = sum(n for n, sign in zip(lengths, signs, strict=True) if sign < 0)  # N⁻
+    num_all = sum(lengths)  # N
+
+    zero = logp[:0].sum()  # 0 for an empty set, and backward() still works
+    positive, negative, kl = zero, zero, zero
+    reward_model = logp.new_zeros(()) if rm_scores is None else rm_scores[:0].double().sum()
+    start = 0
+    for i, n in enumerate(lengths):
+        tokens = slice(start, start + n)
+        start += n
+        scores = None if rm_scores is None else rm_scores[tokens].double()
+        if signs[i] > 0:
+            weight = torch.ones(n) if scores is None else _positive_weights(scores.detach(), settings)
+            a = advantage[i] if mode == "released" and settings.pos_mult_adv else 1.0
+            positive = positive + settings.positive_loss_factor / num_positive * a * (weight * -logp[tokens]).sum()
+        else:
+            weight = torch.ones(n) if scores is None else _negative_weights(scores.detach(), settings)
+            log_ratio = logp[tokens] - old[tokens]
+            factor = settings.negative_loss_factor / num_negative
+            if mode == "released":
+                negative = negative - factor * advantage[i] * (weight * log_ratio.exp()).sum()
+            else:
+                assert pass_rate is not None
+                negative = negative + factor * (1 - pass_rate[i]) * (weight * log_ratio).sum()
+        delta = anchor[tokens] - logp[tokens]
+        kl = kl + settings.kl_coef / num_all * _kl_estimate(delta, settings.kl_type).sum()
+        if scores is not None:
+            # BCE(σ(x), 1[R = +1]): −log σ(x) for a positive, −log(1 − σ(x)) = −log σ(−x) for a negative
+            reward_model = reward_model - F.logsigmoid(signs[i] * scores.mean()) / len(lengths)
+    return OrealLoss(positive + negative + kl, positive, negative, kl, reward_model)
+
+
+def _kl_estimate(delta: Tensor, kl_type: KlType) -> Tensor:
+    """k(δ), δ = anchor − logp."""
+    if kl_type == "k3":
+        return delta.exp() - delta - 1
+    return delta**2 / 2 if kl_type == "k2" else -delta
+
+
+def _qualities(scores: Tensor, mode: Mode) -> Tensor:
+    """q_t of one sequence: σ of the running mean c_t in ``released`` mode, σ(s_t) in ``paper`` mode."""
+    if mode == "paper":
+        return scores.sigmoid()
+    mean, means = 0.0, []
+    for t, score in enumerate(scores.tolist(), start=1):
+        mean += (score - mean) / t  # (s_1 + … + s_t)/t, exact when all scores are equal
+        means.append(mean)
+    return scores.new_tensor(means).sigmoid()
+
+
+def _positive_weights(scores: Tensor, settings: LossSettings) -> Tensor:
+    """ω⁺ of one sequence."""
+    q = _qualities(scores, settings.mode)
+    if settings.rescale == "topk":
+        return _top_scaled(q, settings.correct_topk_ratio)
+    return ((q - settings.correct_threshold) / (1 - settings.correct_threshold)).clamp(0, 1)
+
+
+def _negative_weights(scores: Tensor, settings: LossSettings) -> Tensor:
+    """ω⁻ of one sequence."""
+    q = _qualities(scores, settings.mode)
+    if settings.rescale == "topk":
+        return _top_scaled(1 - q, settings.incorrect_topk_ratio)
+    return ((1 - q - settings.incorrect_threshold) / (1 - settings.incorrect_threshold)).clamp(0, 1)
+
+
+def _top_scaled(values: Tensor, ratio: float) -> Tensor:
+    """``rescale: topk``: the top ⌊ratio·n⌋ values min-max scaled to [0, 1], all 1 when they are equal; the rest 0.
+
+    Of equal values the earlier token comes first. It shows only when all chosen values are equal: otherwise a tie at
+    the cut is the chosen ones' minimum, which is scaled to 0 like the ones left out.
+    """
+    weights = torch.zeros_like(values)
+    chosen = sorted(range(len(values)), key=lambda t: (-float(values[t]), t))[: math.floor(ratio * len(values))]
+    if chosen:
+        low, high = values[chosen].min(), values[chosen].max()
+        weights[chosen] = 1.0 if high == low else (values[chosen] - low) / (high - low)
+    return weights
+
+
+def _check_tokens(lengths: Sequence[int], **vectors: Tensor | None) -> None:
+    if any(n < 1 for n in lengths):
+        raise UserError(f"lengths are {list(lengths)}; every response has at least one token")
+    for name, vector in vectors.items():
+        if vector is not None and (vector.dim() != 1 or len(vector) != sum(lengths)):
+            raise UserError(f"{name} has shape {list(vector.shape)}; it must be [{sum(lengths)}], the sum of lengths")
+
+
+def _per_sequence(name: str, values: Sequence[float] | Tensor, count: int) -> list[float]:
+    numbers = [float(value) for value in values]
+    if len(numbers) != count:
+        raise UserError(f"{name} has {len(numbers)} values for {count} sequences; give one a sequence")
+    return numbers

@@ -1,0 +1,114 @@
+"""The one place that knows whether this run stands on CUDA with NCCL or on a CPU with gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_oreal.errors import UserError
+
+
+@dataclass(frozen=True)
+class Platform:
+    """This process's place in the world.
+
+    ``host_group``: a gloo group over all ranks for Python objects and CPU tensors, so that waiting for rollouts or a
+    judge never happens inside a device collective.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    host_group: dist.ProcessGroup
+
+    @property
+    def is_cuda(self) -> bool:
+        """True on CUDA with NCCL, False on a CPU with gloo."""
+        return self.device.type == "cuda"
+
+    def megatron(self) -> contextlib.AbstractContextManager[None]:
+        """Scope in which Megatron-core may be called: nothing on a GPU, the CPU adaptation elsewhere."""
+        if self.is_cuda:
+            return contextlib.nullcontext()
+        from megatron_oreal.platform.megatron_cpu import megatron_on_cpu
+
+        return megatron_on_cpu()
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a timer reads what it means."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def barrier(self) -> None:
+        """Wait for all ranks on the host."""
+        dist.barrier(group=self.host_group)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's ``item``, in rank order, on every rank."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, item, group=self.host_group)
+        return gathered
+
+    def broadcast_object(self, item: Any, source: int = 0) -> Any:
+        """``item`` of rank ``source`` on every rank."""
+        box = [item]
+        dist.broadcast_object_list(box, src=source, group=self.host_group)
+        return box[0]
+
+    def fail_together(self, work: Callable[[], Any]) -> Any:
+        """Run ``work`` on every rank; if any rank's raises ``UserError``, every rank raises the first one.
+
+        Keeps a mistake that one rank sees (a file missing on one node) from leaving the others in a collective.
+        """
+        error: str | None = None
+        result = None
+        try:
+            result = work()
+        except UserError as caught:
+            error = str(caught)
+        errors = [e for e in self.gather_objects(error) if e is not None]
+        if errors:
+            raise UserError(errors[0])
+        return result
+
+
+def choose_device(requested: Literal["auto", "cuda", "cpu"]) -> str:
+    """``"cuda"`` or ``"cpu"``; raises ``UserError`` when CUDA is asked for and not there."""
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise UserError("device=cuda: torch sees no CUDA device; install a CUDA build of torch or set device=cpu")
+    if requested == "auto":
+        return "cuda" if available else "cpu"
+    return requested
+
+
+def init_distributed(requested: Literal["auto", "cuda", "cpu"], timeout_s: int) -> Platform:
+    """Join the process group that torchrun describes (alone: a world of one) and choose this rank's device."""
+    kind = choose_device(requested)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            store = dist.HashStore()
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=0, world_size=1)
+        else:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else dist.group.WORLD
+    assert host_group is not None
+    device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    return Platform(device=device, rank=dist.get_rank(), world_size=dist.get_world_size(), host_group=host_group)
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group, when there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,91 @@
+"""Every metric a step can log: its name, its unit and what it means. Nothing else spells a metric's name.
+
+Names are ``namespace/snake_case``. Shares are fractions in [0, 1]. "Kept" is what the group filter left
+(algorithm.md, "One step" 4); "known" leaves out the verdict *unknown*. Counts and means are over the global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One documented metric. ``unit`` is what an axis label shows in brackets; empty for a pure number."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+REGISTRY: dict[str, Metric] = {}
+
+
+def _metric(name: str, unit: str, meaning: str) -> str:
+    assert name not in REGISTRY, f"{name} is registered twice"
+    REGISTRY[name] = Metric(name, unit, meaning)
+    return name
+
+
+PASS_RATE = _metric("reward/pass_rate", "share", "correct responses among the known ones, before any filtering")
+REWARD_MEAN = _metric("reward/mean", "", "mean outcome reward of the known responses: +1 correct, -1 wrong")
+GROUPS_KEPT = _metric("groups/kept", "groups", "prompts whose group passed the filter")
+UNKNOWN_SHARE = _metric("verdict/unknown_share", "share", "responses that no verifier could decide")
+
+LOSS_POSITIVE = _metric("loss/positive", "", "term of the positive responses, positive_loss_factor included")
+LOSS_NEGATIVE = _metric("loss/negative", "", "term of the negative responses, negative_loss_factor included")
+LOSS_KL = _metric("loss/kl", "", "KL term, kl_coef included")
+LOSS_REWARD_MODEL = _metric("loss/reward_model", "nats/sequence", "binary cross-entropy of the token reward model")
+LOSS_TOTAL = _metric("loss/total", "", "the policy's loss: positive + negative + KL")
+
+GRAD_NORM_POLICY = _metric("grad_norm/policy", "", "global L2 norm of the policy's gradient before clipping")
+GRAD_NORM_REWARD_MODEL = _metric("grad_norm/reward_model", "", "the same of the token reward model")
+LR_POLICY = _metric("lr/policy", "", "learning rate of the policy's step")
+LR_REWARD_MODEL = _metric("lr/reward_model", "", "learning rate of the token reward model's step")
+
+ENTROPY = _metric("policy/entropy", "nats/token", "mean entropy of the policy at the sampling temperature, kept tokens")
+KL_TO_REFERENCE = _metric(
+    "policy/kl_to_reference", "nats/token", "mean k3 estimate of KL(policy || reference), kept tokens"
+)
+
+POSITIVE_WEIGHT_MEAN = _metric("weights/positive_mean", "", "mean token weight of the kept positives' tokens")
+POSITIVE_WEIGHT_NONZERO = _metric("weights/positive_nonzero_share", "share", "kept positives' tokens with weight > 0")
+NEGATIVE_WEIGHT_MEAN = _metric("weights/negative_mean", "", "mean token weight of the kept negatives' tokens")
+NEGATIVE_WEIGHT_NONZERO = _metric("weights/negative_nonzero_share", "share", "kept negatives' tokens with weight > 0")
+
+LENGTH_MEAN = _metric("response/length_mean", "tokens", "mean response length, stop token included")
+LENGTH_MAX = _metric("response/length_max", "tokens", "longest response")
+TRUNCATED_SHARE = _metric("response/truncated_share", "share", "responses cut by a length limit")
+
+GENERATED_PER_S = _metric(
+    "throughput/generated_tokens_per_s", "tokens/s", "response tokens / time of generation, all ranks"
+)
+TOKENS_PER_S = _metric("throughput/tokens_per_s", "tokens/s", "prompt and response tokens / time/step, all ranks")
+
+LOGP_DIFF_MEAN = _metric("rollout/logp_diff_mean", "nats", "mean |engine logp - trainer logp| over response tokens")
+LOGP_DIFF_P999 = _metric("rollout/logp_diff_p999", "nats", "99.9th percentile of the same")
+LOGP_DIFF_MAX = _metric("rollout/logp_diff_max", "nats", "maximum of the same")
+KEPT_MASS = _metric("rollout/kept_mass", "share", "mean probability mass that top-p and top-k kept")
+
+EVAL_PASS_AT_1 = _metric("eval/pass_at_1", "share", "held-out pass@1: mean over problems of their sampled pass rate")
+EVAL_PASS_AT_1_LOW = _metric("eval/pass_at_1_low", "share", "lower end of its 95 % interval, clustered by problem")
+EVAL_PASS_AT_1_HIGH = _metric("eval/pass_at_1_high", "share", "upper end of its 95 % interval, clustered by problem")
+EVAL_GREEDY = _metric("eval/greedy", "share", "held-out problems solved at temperature 0")
+
+TIME = "time/"
+TIME_STEP = _metric("time/step", "s", "wall-clock time of the whole step")
+TIME_OTHER = _metric("time/other", "s", "time/step minus its phases: what no timer saw")
+_PHASE = _metric("time/<phase>", "s", "wall-clock time in a phase on rank 0; time/<a>/<b> is a part of time/<a>")
+
+
+def phase_metric(phase: str) -> str:
+    """``"generate"`` -> ``"time/generate"``."""
+    return TIME + phase
+
+
+def describe(name: str) -> Metric:
+    """Return a metric's documentation; any ``time/...`` is a phase. Raises ``KeyError`` for an undocumented name."""
+    if name not in REGISTRY and name.startswith(TIME):
+        phase = REGISTRY[_PHASE]
+        return Metric(name, phase.unit, phase.meaning)
+    return REGISTRY[name]

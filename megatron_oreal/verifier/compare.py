@@ -1,0 +1,191 @@
+"""Equality of two shapes, by the conventions that ``rules`` states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeVar
+
+from megatron_oreal.verifier import grammar, values
+from megatron_oreal.verifier.grammar import Node, TooLargeError, UnreadableError
+from megatron_oreal.verifier.notation import squeeze
+from megatron_oreal.verifier.shape import Equation, Interval, Intervals, Opaque, Scalar, Sequence, Shape, as_intervals
+from megatron_oreal.verifier.units import split_unit
+
+T = TypeVar("T")
+
+
+class Undecided(Exception):  # noqa: N818  (an outcome, not a mistake)
+    """The comparison could not be made: ``side`` is "gold", "answer" or "both", ``cause`` says why."""
+
+    def __init__(self, side: str, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.side, self.cause = side, cause
+
+
+def same(gold: Shape, answer: Shape) -> bool:
+    """Tell whether two shapes are equal; raises ``Undecided``, of the gold answer first."""
+    for side, shape in (("gold", gold), ("answer", answer)):
+        if isinstance(shape, Opaque):
+            raise Undecided(side, UnreadableError("structure is not known"))
+    if isinstance(gold, Scalar) and isinstance(answer, Scalar):
+        return _same_scalar(gold, answer)
+    if isinstance(gold, Intervals) or isinstance(answer, Intervals):
+        return _same_intervals(as_intervals(gold), as_intervals(answer))
+    if isinstance(gold, Sequence) or isinstance(answer, Sequence):
+        return _same_sequence(_as_sequence(gold), _as_sequence(answer))
+    return _same_equation(gold, answer)
+
+
+@lru_cache(maxsize=256)
+def _parse(text: str) -> Node:
+    return grammar.parse(text)
+
+
+def _node(side: str, text: str) -> Node:
+    try:
+        return _parse(text)
+    except (UnreadableError, TooLargeError) as error:
+        raise Undecided(side, error) from error
+
+
+def _same_scalar(gold: Scalar, answer: Scalar) -> bool:
+    if gold.label and answer.label and gold.label != answer.label:
+        return False
+    if squeeze(gold.text) == squeeze(answer.text):
+        return True
+    gold_text, gold_unit = split_unit(gold.text)
+    answer_text, answer_unit = split_unit(answer.text)
+    if gold_unit and answer_unit and gold_unit != answer_unit:
+        return False
+    if _same_value(gold_text, answer_text):
+        return True
+    # 50% may be given as 50, and 1/2 as 50%: the sign in only one of the two is ignored, and its value is no mistake.
+    if gold_unit == "%" and not answer_unit:
+        return _same_value(f"({gold_text})/100", answer_text)
+    if answer_unit == "%" and not gold_unit:
+        return _same_value(gold_text, f"({answer_text})/100")
+    return False
+
+
+def _same_value(gold: str, answer: str) -> bool:
+    gold_node, answer_node = _node("gold", gold), _node("answer", answer)
+    try:
+        outcome = values.equal(gold_node, answer_node)
+    except TooLargeError as error:
+        raise Undecided("gold" if _too_large(gold_node) else "answer", error) from error
+    if outcome is None:
+        raise Undecided("both", UnreadableError("no sample point where both are defined"))
+    return outcome
+
+
+def _too_large(node: Node) -> bool:
+    """Tell whether a side is too large by itself: the answer alone is blamed for it only where the gold answer is not."""
+    try:
+        values.equal(node, node)
+    except TooLargeError:
+        return True
+    return False
+
+
+def _same_intervals(gold: Intervals | None, answer: Intervals | None) -> bool:
+    if gold is None or answer is None:
+        return False
+    if len(gold.parts) != len(answer.parts):
+        return False
+    return _match(list(gold.parts), list(answer.parts), _same_interval)
+
+
+def _same_interval(gold: Interval, answer: Interval) -> bool:
+    if (gold.low_open, gold.high_open) != (answer.low_open, answer.high_open):
+        return False
+    return _same_scalar(Scalar(gold.low), Scalar(answer.low)) and _same_scalar(Scalar(gold.high), Scalar(answer.high))
+
+
+def _as_sequence(shape: Shape) -> Sequence:
+    return shape if isinstance(shape, Sequence) else Sequence("list", (shape,))
+
+
+def _same_sequence(gold: Sequence, answer: Sequence) -> bool:
+    if gold.label and answer.label and gold.label != answer.label:
+        return False
+    kinds = {gold.kind, answer.kind}
+    if "tuple" in kinds:
+        if "set" in kinds or not _brackets_agree(gold, answer) or len(gold.items) != len(answer.items):
+            return False
+        return _same_in_order(gold, answer)
+    if "set" in kinds:
+        gold_items, answer_items = list(gold.items), list(answer.items)
+        return _covers(gold_items, answer_items) and _covers(answer_items, gold_items, swap=True)
+    if len(gold.items) != len(answer.items):
+        return False
+    if _names_differ(gold) != _names_differ(answer) and not (_names(gold) and _names(answer)):
+        return _same_in_order(gold, answer)
+    return _match(list(gold.items), list(answer.items), same)
+
+
+def _same_in_order(gold: Sequence, answer: Sequence) -> bool:
+    """Compare position by position; ``y = 1, x = 2`` takes its positions from the names: (2, 1)."""
+    left, right = (_by_name(side) if _names_differ(side) else side.items for side in (gold, answer))
+    return all(same(*pair) for pair in zip(left, right, strict=True))
+
+
+def _by_name(sequence: Sequence) -> list[Shape]:
+    return sorted(sequence.items, key=lambda item: getattr(item, "label", None) or "")
+
+
+def _brackets_agree(gold: Sequence, answer: Sequence) -> bool:
+    """Tell whether both are tuples of the same brackets; a bare list, in order, counts as one in parentheses."""
+    if gold.kind != answer.kind:
+        return (gold.brackets or answer.brackets) == "()"
+    return gold.brackets == answer.brackets
+
+
+def _names(sequence: Sequence) -> set[str]:
+    return {item.label for item in sequence.items if isinstance(item, (Scalar, Sequence)) and item.label}
+
+
+def _names_differ(sequence: Sequence) -> bool:
+    """``x = 1, y = 2`` names different unknowns, so that against bare values the order counts."""
+    return len(_names(sequence)) > 1
+
+
+def _covers(targets: list[Shape], candidates: list[Shape], *, swap: bool = False) -> bool:
+    return all(any(same(*((c, t) if swap else (t, c))) for c in candidates) for t in targets)
+
+
+def _match(gold: list[T], answer: list[T], equal: Callable[[T, T], bool]) -> bool:
+    """Pair every item of one list with an equal item of the other; greedy, since equality is an equivalence."""
+    rest = list(answer)
+    for item in gold:
+        for index, candidate in enumerate(rest):
+            if equal(item, candidate):
+                del rest[index]
+                break
+        else:
+            return False
+    return not rest
+
+
+def _same_equation(gold: Shape, answer: Shape) -> bool:
+    """Equations in several unknowns are equal when the differences of their sides are proportional."""
+    gold_node, answer_node = _difference("gold", gold), _difference("answer", answer)
+    if gold_node is None or answer_node is None or len(values.symbols(gold_node)) < 2:
+        return False
+    try:
+        outcome = values.proportional(gold_node, answer_node)
+    except TooLargeError as error:
+        raise Undecided("both", error) from error
+    if outcome is None:
+        raise Undecided("both", UnreadableError("no sample point where both are defined"))
+    return outcome
+
+
+def _difference(side: str, shape: Shape) -> Node | None:
+    if isinstance(shape, Equation):
+        left, right = shape.left, shape.right
+    elif isinstance(shape, Scalar) and shape.label:
+        left, right = shape.label, shape.text
+    else:
+        return None
+    return Node("add", (_node(side, left), Node("neg", (_node(side, right),))))

@@ -1,0 +1,146 @@
+"""Notation to one normal form: LaTeX spelling, Unicode, thousands separators, units, and splitting at the top level.
+
+After ``clean``: set braces are the two characters ``SET_OPEN`` and ``SET_CLOSE``, text is in double quotes, a degree
+sign is ``°``, a dollar sign of money is ``¤``, and no spacing or sizing command is left.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from megatron_oreal.verifier.answer import closing_brace
+
+SET_OPEN, SET_CLOSE = "⦃", "⦄"
+CURRENCY = "¤€£¥₹"
+
+_UNICODE = str.maketrans(
+    {
+        "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "π": r"\pi ",
+        "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ",
+        "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ", "²": "^{2}", "³": "^{3}", "º": "°",
+        "˚": "°", "％": "%", "，": ",", "（": "(", "）": ")", "：": ":", "；": ";", "＝": "=", "“": "", "”": "",
+        '"': "", "′": "'", "\u00a0": " ", "\u202f": " ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
+    }
+)  # fmt: skip
+
+_END = r"(?![A-Za-z])"
+_REWRITES: list[tuple[re.Pattern[str], str]] = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (rf"\\(?:left|right){_END}\s*\.", ""),
+        (rf"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits){_END}", ""),
+        (r"(?<!\\)(?:\\!|\\[\[\]()])", ""),
+        (r"\{,\}", ","),
+        (rf"(?<!\\)\\[,;: ]|~|\\(?:quad|qquad|enspace|thinspace){_END}", " "),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\[dt]binom", r"\\binom"),
+        (rf"\\(?:leqslant|leq|le){_END}", "<="),
+        (rf"\\(?:geqslant|geq|ge){_END}", ">="),
+        (rf"\\lt{_END}", "<"),
+        (rf"\\gt{_END}", ">"),
+        (rf"\\neq?{_END}", "!="),
+        (r"\\\$", "¤"),
+        (r"\$", ""),
+        (r"\\%", "%"),
+        (rf"\^?\s*\{{?\s*\\(?:circ|degree){_END}\s*\}}?", "°"),
+        (rf"\\(?:cdot|times|ast){_END}", "*"),
+        (rf"\\div{_END}", "/"),
+        (rf"\\\{{|\\lbrace{_END}", SET_OPEN),
+        (rf"\\\}}|\\rbrace{_END}", SET_CLOSE),
+        (rf"\\(?:langle|lparen){_END}", "("),
+        (rf"\\(?:rangle|rparen){_END}", ")"),
+        (rf"\\[lr]?vert{_END}", "|"),
+        (rf"\\(?:varnothing|emptyset){_END}", r"\\emptyset "),
+        (r"\\operatorname\s*\{([a-z]+)\}", r"\\\1 "),
+    )
+]
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt|sc)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|boldsymbol)\s*\{([^{}]*)\}"
+)
+_CONJUNCTION = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*,?\s*", re.IGNORECASE)
+_NO_SOLUTION = re.compile(r'\s*"?\s*(?:no\s+(?:real\s+)?solutions?|(?:the\s+)?empty\s+set|none)\s*"?\s*', re.IGNORECASE)
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?!\d| \d)")
+
+
+def clean(text: str) -> str:
+    r"""Normalise notation; linear in the length of ``text``. An enclosing ``\boxed{}`` is opened."""
+    text = text.translate(_UNICODE).strip().strip("`")
+    text = text.removeprefix("**").removesuffix("**").strip()
+    for box in (r"\boxed{", r"\fbox{"):
+        if text.startswith(box) and closing_brace(text, len(box) - 1) == len(text) - 1:
+            text = text[len(box) : -1]
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _TEXT.sub(_quote, text)
+    text = _CONJUNCTION.sub(",", text) if re.search(r"[\d)}\]⦄A-Za-z]\W*\b(?:and|or)\b", text, re.IGNORECASE) else text
+    text = text.replace("**", "^").strip()
+    text = re.sub(r"(?:\.(?!\d)|[,;:\s])+\Z", "", text)
+    if _NO_SOLUTION.fullmatch(text) or text.replace(" ", "") in (SET_OPEN + SET_CLOSE, "{}"):
+        return r"\emptyset"
+    return _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
+
+
+def squeeze(text: str) -> str:
+    """Remove the spaces that separate nothing (``5 5`` keeps its own)."""
+    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)
+
+
+def _quote(match: re.Match[str]) -> str:
+    content = match.group(1).strip()
+    if not content:
+        return " "
+    if content.lower() in ("and", "or", ", and", ", or", ",and", ",or"):
+        return ","
+    if re.fullmatch(r"[\d.,+\-*/^()\s%°¤]+", content) or content in ("(A)", "(B)", "(C)", "(D)", "(E)"):
+        return content
+    return f'"{content}"'
+
+
+def without_thousands(text: str) -> str:
+    """Remove the commas of numbers such as ``1,234,567``."""
+    return _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+
+
+def top_level(text: str) -> Iterator[tuple[int, str]]:
+    """Yield (index, character) outside every bracket, brace, quotation and command; unbalanced text yields less."""
+    depth, quoted, at = 0, False, 0
+    while at < len(text):
+        char = text[at]
+        if char == "\\":
+            if not depth and not quoted:
+                yield at, char
+            at += 2
+            continue
+        if char == '"':
+            quoted = not quoted
+        elif not quoted:
+            if char in "([{⦃":
+                depth += 1
+            elif char in ")]}⦄":
+                depth -= 1
+            elif depth == 0:
+                yield at, char
+        at += 1
+
+
+def split(text: str, separators: str) -> list[str]:
+    """Split at the top level at any of the one-character ``separators``."""
+    parts, start = [], 0
+    for at, char in top_level(text):
+        if char in separators:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    return [*parts, text[start:].strip()]
+
+
+def split_command(text: str, command: str) -> list[str]:
+    r"""Split at the top level at a command such as ``\cup``."""
+    parts, start = [], 0
+    for at, char in top_level(text):
+        if char == "\\" and text.startswith(command, at) and not text[at + len(command) :][:1].isalpha():
+            parts.append(text[start:at].strip())
+            start = at + len(command)
+    return [*parts, text[start:].strip()]

@@ -1,0 +1,32 @@
+"""Checkers that a verifier worker imports in tests, to be slow, greedy or mortal on demand."""
+
+import os
+import time
+
+from megatron_oreal.verifier.rules import judge_response
+
+
+def on_demand(text, stopped, gold, finish_words, stop_words):
+    if text == "allocate":
+        return bytearray(8 * 2**30)
+    if text == "hold the interpreter lock":
+        return pow(3, 10**9)
+    if text == "segfault":
+        import ctypes
+
+        ctypes.string_at(0)
+    if text == "exit":
+        os._exit(3)
+    if text == "raise":
+        raise KeyError("broken checker")
+    if text.startswith("sleep "):
+        time.sleep(float(text.split()[1]))
+    return judge_response(f"\\boxed{{{os.getpid()}}}", stopped, gold)
+
+
+def modules(text, stopped, gold, finish_words, stop_words):
+    import sys
+
+    from megatron_oreal.verifier.verdict import Judgement, Verdict
+
+    return Judgement(Verdict.WRONG, " ".join(sorted(sys.modules)))
