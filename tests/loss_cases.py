@@ -98,3 +98,14 @@ def draw_batch(
         pass_rates=torch.rand(sequences, generator=g).tolist(),
         temperature=temperature,
     )
+
+
+def plain(n: int, positive: float = 0.0, negative: float = 0.0, kl: float = 0.0, **fields: Any) -> TokenCoefficients:
+    """The same coefficients for n tokens."""
+    values = {"positive": positive, "negative": negative, "kl": kl}
+    return TokenCoefficients(**{k: torch.full((n,), v) for k, v in values.items()}, **fields)
+
+
+def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of its own storage that requires grad."""
+    return tensor.to(dtype, copy=True).requires_grad_()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_oreal.data.chat import ChatTemplate, drop_long_prompts, load_template, load_tokenizer, template_names
@@ -19,14 +19,21 @@ OWN = (
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    """A byte-level tokenizer, so every text has tokens and decodes to itself; '<think>' is added but not special."""
+    """A byte-level tokenizer, so every text has tokens and decodes to itself; '<think>' is added but not special.
+
+    Like DeepSeek's and Llama's it puts a beginning-of-sequence token before plain text by itself.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_tokens(["<think>", "</think>"])
     core.add_special_tokens(CHATML + DEEPSEEK)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=DEEPSEEK[1], bos_token=DEEPSEEK[0])
+    bos = DEEPSEEK[0]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=DEEPSEEK[1], bos_token=bos)
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
@@ -108,7 +115,7 @@ def test_decode_keeps_or_skips_the_special_tokens_within(tokenizer):
 
 def test_decode_survives_ids_of_a_padded_vocabulary(tokenizer):
     chat = ChatTemplate(tokenizer, stop_word="<|im_end|>", template=OWN)
-    a, b = (tokenizer(letter)["input_ids"][0] for letter in "ab")
+    a, b = (tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ab")
     assert chat.decode(np.array([a, len(tokenizer) + 3, b], dtype=np.int32)) == "ab"
 
 
@@ -146,6 +153,8 @@ def test_no_template_anywhere_is_refused(model_dir):
     [
         ("a\n{% for %}", "Jinja syntax error in line 2"),
         ("{{ raise_exception('no system role') }}", "refuses a question .*no system role"),
+        ("{{ raise_exception('two\\nlines') }}", "two lines"),
+        ("{{ 'a' + 1 }}", "refuses a question"),
         ("{{ messages[0].content.nothing() }}", "refuses a question"),
         ("", "no tokens"),
     ],

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from dist import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -40,7 +39,6 @@ from megatron_oreal.layout.blocks import rect_size
 from megatron_oreal.layout.execute import _schedule, split_rect
 
 TP2_PP2 = {"tp": 2, "pp": 2, "vocab_divisor": 16}
-REWARD = TP2_PP2 | {"reward_model": True}
 
 
 def gather_everything(layout: Layout, ranks: dict[int, tuple[int, ...]], mine: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,8 +56,21 @@ def gather_everything(layout: Layout, ranks: dict[int, tuple[int, ...]], mine: d
     return hf
 
 
-def start(spec: ModelSpec, model_dir: str, layout: Layout, grid: RankGrid) -> tuple[int, dict[str, Tensor]]:
+def in_turn(cases: list[tuple[str, dict]]) -> list:
+    """Run several functions of this module on the same ranks: starting processes takes longer than the tests."""
     dist.init_process_group("gloo")
+    results = [globals()[function](**kwargs) for function, kwargs in cases]
+    dist.destroy_process_group()
+    return results
+
+
+def launch(world_size: int, cases: dict[Any, tuple[str, dict]]) -> dict[Any, list]:
+    """Case name to the results of all ranks."""
+    results = run_ranks("test_layout_execute:in_turn", world_size, {"cases": list(cases.values())})
+    return {name: [each[number] for each in results] for number, name in enumerate(cases)}
+
+
+def loaded(spec: ModelSpec, model_dir: str, layout: Layout, grid: RankGrid) -> tuple[int, dict[str, Tensor]]:
     rank = dist.get_rank()
     shard = layout.shards[grid.model_index(rank)]
     live = garbage(shard)
@@ -70,7 +81,7 @@ def start(spec: ModelSpec, model_dir: str, layout: Layout, grid: RankGrid) -> tu
 
 def reshard_worker(model_dir: str, spec: ModelSpec, sizes: dict, dp: int, bucket_bytes: list[int]) -> list:
     layout, grid = megatron_layout(spec, **sizes), RankGrid(sizes["tp"], sizes["pp"], dp)
-    rank, live = start(spec, model_dir, layout, grid)
+    rank, live = loaded(spec, model_dir, layout, grid)
     engine = embedded_layout(spec)
     plan = make_plan(layout, grid.replicas(), engine, {0: range(grid.world_size)})
     oracle = expected(engine.shards[0], gather_everything(layout, grid.replicas(), live))
@@ -89,37 +100,13 @@ def reshard_worker(model_dir: str, spec: ModelSpec, sizes: dict, dp: int, bucket
         assert each.local == 2 * stats.local.get(rank, 0)
         assert each.received + each.local == 2 * engine.shards[0].num_elements()
     final = {name: (tensor / 2 ** (len(bucket_bytes) - 1)).detach() for name, tensor in held.items()}
-    dist.destroy_process_group()
     return [plan.fingerprint(), final]
-
-
-@pytest.mark.parametrize(
-    ("family", "tied", "sizes", "dp"),
-    [
-        ("qwen2", True, TP2_PP2, 1),
-        ("qwen3", False, TP2_PP2 | {"vpp": 2}, 1),
-        ("llama", False, {"tp": 2, "pp": 1}, 2),
-        ("qwen2", False, {"tp": 1, "pp": 2}, 1),
-    ],
-)
-def test_megatron_ranks_fill_an_engine_on_every_rank_with_the_checkpoint(
-    tmp_path: Path, family: str, tied: bool, sizes: dict, dp: int
-) -> None:
-    spec = small_spec(family, tied=tied)
-    weights = random_weights(spec)
-    write_checkpoint(tmp_path, spec, weights)
-    kwargs = {"model_dir": str(tmp_path), "spec": spec, "sizes": sizes, "dp": dp, "bucket_bytes": [2**20, 100, 1]}
-    results = run_ranks("test_layout_execute:reshard_worker", sizes["tp"] * sizes["pp"] * dp, kwargs)
-    want = expected(embedded_layout(spec).shards[0], weights)
-    for fingerprint, held in results:
-        assert fingerprint == results[0][0]
-        assert_equal(held, want)
 
 
 def between_layouts_worker(model_dir: str, spec: ModelSpec) -> None:
     grid = RankGrid(2, 2, 1)
     layout = megatron_layout(spec, **TP2_PP2)
-    rank, live = start(spec, model_dir, layout, grid)
+    rank, live = loaded(spec, model_dir, layout, grid)
     target = megatron_layout(spec, tp=4, pp=1, transformer_impl="transformer_engine", vocab_divisor=4)
     plan = make_plan(layout, grid.replicas(), target, {i: 3 - i for i in range(4)})
     held = garbage(target.shards[3 - rank], torch.float32)
@@ -128,13 +115,45 @@ def between_layouts_worker(model_dir: str, spec: ModelSpec) -> None:
     assert_equal(held, {name: value.float() for name, value in want.items()})
     with pytest.raises(ValueError, match="several dtypes"):
         execute_plan(plan, live, held, rank)
-    dist.destroy_process_group()
 
 
-def test_megatron_to_megatron_on_ranks_zeroes_padding_and_casts(tmp_path: Path) -> None:
-    spec = small_spec("qwen3", heads=4, kv_heads=2)
-    write_checkpoint(tmp_path, spec, random_weights(spec))
-    run_ranks("test_layout_execute:between_layouts_worker", 4, {"model_dir": str(tmp_path), "spec": spec})
+RESHARDS: dict[str, tuple[int, str, bool, dict, int]] = {
+    "qwen2 tied TP2 PP2": (4, "qwen2", True, TP2_PP2, 1),
+    "qwen3 TP2 PP2 VPP2": (4, "qwen3", False, TP2_PP2 | {"vpp": 2}, 1),
+    "llama TP2 DP2": (4, "llama", False, {"tp": 2, "pp": 1}, 2),
+    "qwen2 PP2": (2, "qwen2", False, {"tp": 1, "pp": 2}, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def resharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ModelSpec, dict[str, Tensor], list]]:
+    results = {}
+    for world in (2, 4):
+        cases, inputs = {}, {}
+        for name, (ranks, family, tied, sizes, dp) in RESHARDS.items():
+            if ranks == world:
+                spec = small_spec(family, tied=tied)
+                folder = tmp_path_factory.mktemp("model")
+                inputs[name] = spec, random_weights(spec)
+                write_checkpoint(folder, spec, inputs[name][1])
+                kwargs = {"model_dir": str(folder), "spec": spec, "sizes": sizes, "dp": dp}
+                cases[name] = "reshard_worker", kwargs | {"bucket_bytes": [2**20, 600, 200]}
+                if sizes == TP2_PP2:
+                    cases["between layouts"] = "between_layouts_worker", {"model_dir": str(folder), "spec": spec}
+        done = launch(world, cases)
+        results |= {name: (*inputs[name], done[name]) for name in inputs}
+    return results
+
+
+@pytest.mark.parametrize("case", list(RESHARDS))
+def test_megatron_ranks_fill_an_engine_on_every_rank_with_the_checkpoint(case: str, resharded: dict) -> None:
+    """The ranks also check: against gathering everything, three successive updates, traffic against the plan."""
+    spec, weights, ranks = resharded[case]
+    want = expected(embedded_layout(spec).shards[0], weights)
+    assert len(ranks) == RESHARDS[case][0]
+    for fingerprint, held in ranks:
+        assert fingerprint == ranks[0][0]
+        assert_equal(held, want)
 
 
 def test_one_process_without_a_group_copies_locally() -> None:
@@ -183,119 +202,137 @@ def test_split_rect_covers_everything_once_in_order(limit: int) -> None:
     assert torch.equal(got, tensor.reshape(-1))
 
 
-def export_worker(model_dir: str, spec: ModelSpec, sizes: dict, dp: int, out_dir: str, options: dict) -> str | None:
+def export_worker(
+    model_dir: str, spec: ModelSpec, sizes: dict, dp: int, out_dir: str, options: dict, fail_on: int | None = None
+) -> str | None:
     layout, grid = megatron_layout(spec, **sizes), RankGrid(sizes["tp"], sizes["pp"], dp)
-    rank, live = start(spec, model_dir, layout, grid)
-    options = dict(options)
-    if options.pop("fail_on", None) == rank:
-        import megatron_oreal.layout.export as room
-
-        room.save_file = _disk_full
-    error = None
-    try:
-        export_hf(
-            out_dir, spec, layout, grid.replicas(), live, rank=rank, model_dir=model_dir,
-            reward_model=sizes.get("reward_model", False), **options,
-        )  # fmt: skip
-    except (UserError, RuntimeError, OSError) as failure:
-        error = f"{type(failure).__name__}: {failure}"
-    dist.destroy_process_group()
-    return error
+    rank, live = loaded(spec, model_dir, layout, grid)
+    common = {"rank": rank, "model_dir": model_dir, "reward_model": sizes.get("reward_model", False)}
+    with pytest.MonkeyPatch.context() as patch:
+        if fail_on == rank:
+            patch.setattr("megatron_oreal.layout.export.save_file", _disk_full)
+        try:
+            export_hf(out_dir, spec, layout, grid.replicas(), live, **common, **options)
+        except (UserError, RuntimeError, OSError) as failure:
+            return f"{type(failure).__name__}: {failure}"
+    return None
 
 
 def _disk_full(*_: object, **__: object) -> None:
     raise OSError("No space left on device")
 
 
-def _export(tmp_path: Path, spec: ModelSpec, sizes: dict, dp: int = 1, **options: Any) -> list[str | None]:
-    kwargs = {"model_dir": str(tmp_path / "in"), "spec": spec, "sizes": sizes, "dp": dp, "options": options}
-    world = sizes["tp"] * sizes["pp"] * dp
-    return run_ranks("test_layout_execute:export_worker", world, kwargs | {"out_dir": str(tmp_path / "out")})
+def export_case(folder: Path, spec: ModelSpec, sizes: dict, dp: int = 1, **kwargs: Any) -> tuple[str, dict]:
+    """A launch of ``export_worker`` from ``folder/in`` to ``folder/out``."""
+    places = {"model_dir": str(folder / "in"), "out_dir": str(folder / "out")}
+    return "export_worker", places | {"spec": spec, "sizes": sizes, "dp": dp, "options": {}} | kwargs
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize(
-    ("family", "tied", "sizes", "dp"),
-    [("qwen2", True, TP2_PP2, 1), ("qwen3", False, TP2_PP2 | {"vpp": 2}, 1), ("llama", False, {"tp": 1, "pp": 1}, 2)],
-)
-def test_export_is_the_original_bit_for_bit_and_transformers_reads_it(
-    tmp_path: Path, family: str, tied: bool, sizes: dict, dp: int
-) -> None:
-    spec = small_spec(family, tied=tied)
-    weights = random_weights(spec)
-    write_checkpoint(tmp_path / "in", spec, weights, files=2)
-    copied = {
-        "tokenizer.json": "{}",
-        "tokenizer_config.json": "{ }",
-        "chat_template.jinja": "{{x}}",
-        "merges.txt": "a b",
-    }
-    for name, text in (copied | {"README.md": "not ours", "pytorch_model.bin": "old"}).items():
-        (tmp_path / "in" / name).write_text(text)
-    assert _export(tmp_path, spec, sizes, dp, max_shard_bytes=3000, bucket_bytes=1000) == [None] * len(
-        range(sizes["tp"] * sizes["pp"] * dp)
-    )
-    out = tmp_path / "out"
+COPIED = {"tokenizer.json": "{}", "tokenizer_config.json": "{ }", "chat_template.jinja": "{{x}}", "merges.txt": "a b"}
+NOT_COPIED = {"README.md": "of the original", "pytorch_model.bin": "old"}
+EXPORTS: dict[str, tuple[str, bool, dict, int]] = {
+    "qwen2 tied TP2 PP2": ("qwen2", True, TP2_PP2, 1),
+    "qwen3 TP2 PP2 VPP2": ("qwen3", False, TP2_PP2 | {"vpp": 2}, 1),
+    "llama DP4": ("llama", False, {"tp": 1, "pp": 1}, 4),
+    "reward model": ("qwen2", True, TP2_PP2 | {"reward_model": True}, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, ModelSpec, dict[str, Tensor], list]]:
+    cases, inputs = {}, {}
+    for name, (family, tied, sizes, dp) in EXPORTS.items():
+        spec = small_spec(family, tied=tied)
+        folder = tmp_path_factory.mktemp("export")
+        weights = random_weights(spec, reward_model=name == "reward model")
+        write_checkpoint(folder / "in", spec, weights, files=2)
+        for file, text in (COPIED | NOT_COPIED).items():
+            (folder / "in" / file).write_text(text)
+        options: dict[str, Any] = {"max_shard_bytes": 3000, "bucket_bytes": 1000}
+        if name == "reward model":
+            options = {"dtype": torch.float32, "writers": [2]}
+        cases[name] = export_case(folder, spec, sizes, dp, options=options)
+        inputs[name] = folder / "out", spec, weights
+    done = launch(4, cases)
+    return {name: (*inputs[name], done[name]) for name in cases}
+
+
+@pytest.mark.parametrize("case", [name for name in EXPORTS if name != "reward model"])
+def test_export_is_the_original_bit_for_bit_and_transformers_reads_it(case: str, exported: dict) -> None:
+    out, spec, weights, errors = exported[case]
+    assert errors == [None] * 4
     assert_equal(stored(out), weights)
-    assert all((out / name).read_text() == text for name, text in copied.items())
-    assert not (out / "README.md").exists()
-    assert not (out / "pytorch_model.bin").exists()
+    assert all((out / name).read_text() == text for name, text in COPIED.items())
+    assert not any((out / name).exists() for name in NOT_COPIED)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2 * spec.num_parameters()
     for tensor, file in index["weight_map"].items():
         with safe_open(out / file, "pt") as opened:
             assert tensor in opened.keys()  # noqa: SIM118
     assert load_model_spec(out) == spec
+    assert not list(out.parent.glob(".*"))
+
+    import transformers
+
     model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert model.dtype == torch.bfloat16
-    assert torch.equal(
-        model.state_dict()["model.layers.3.self_attn.k_proj.weight"], weights["model.layers.3.self_attn.k_proj.weight"]
-    )
-    assert [path.name for path in tmp_path.iterdir() if "incomplete" in path.name] == []
+    name = "model.layers.3.self_attn.k_proj.weight"
+    assert torch.equal(model.state_dict()[name], weights[name])
 
 
-def test_exported_reward_model_is_a_sequence_classifier_in_the_asked_dtype(tmp_path: Path) -> None:
-    spec = small_spec("qwen2", tied=True)
-    weights = random_weights(spec, reward_model=True)
-    write_checkpoint(tmp_path / "in", spec, weights)
-    assert _export(tmp_path, spec, REWARD, dtype=torch.float32, writers=[2]) == [None] * 4
-    out = tmp_path / "out"
+def test_exported_reward_model_is_a_sequence_classifier_in_the_asked_dtype(exported: dict) -> None:
+    out, spec, weights, errors = exported["reward model"]
+    assert errors == [None] * 4
     assert sorted(path.name for path in out.glob("*.safetensors*")) == ["model.safetensors"]
     assert_equal(stored(out), {name: value.float() for name, value in weights.items()})
+    assert load_model_spec(out) == spec
+
+    import transformers
+
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]
     assert model.dtype == torch.float32
     assert torch.equal(model.score.weight, weights["score.weight"].float())
-    assert load_model_spec(out) == spec
 
 
-def test_export_over_an_existing_directory_is_refused_on_every_rank(tmp_path: Path) -> None:
-    spec = small_spec("llama")
-    write_checkpoint(tmp_path / "in", spec, random_weights(spec))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "keep").write_text("precious")
-    errors = _export(tmp_path, spec, {"tp": 2, "pp": 1})
-    assert all(str(error).startswith("UserError: ") and "already exists" in str(error) for error in errors)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["keep"]
-
-
-def test_failure_on_one_writer_fails_all_ranks_and_a_retry_succeeds(tmp_path: Path) -> None:
-    spec = small_spec("llama")
+def test_export_that_cannot_succeed_fails_on_every_rank_and_a_retry_succeeds(tmp_path: Path) -> None:
+    spec, sizes = small_spec("llama"), {"tp": 2, "pp": 1}
     weights = random_weights(spec)
-    write_checkpoint(tmp_path / "in", spec, weights)
-    errors = _export(tmp_path, spec, {"tp": 2, "pp": 1}, max_shard_bytes=3000, fail_on=1)
-    assert errors == [
+    for folder in ("full", "taken"):
+        write_checkpoint(tmp_path / folder / "in", spec, weights)
+    (tmp_path / "taken" / "out").mkdir()
+    (tmp_path / "taken" / "out" / "keep").write_text("precious")
+    options = {"max_shard_bytes": 3000}
+    done = launch(
+        2,
+        {
+            "taken": export_case(tmp_path / "taken", spec, sizes),
+            "disk full": export_case(tmp_path / "full", spec, sizes, options=options, fail_on=1),
+            "look": ("listing", {"folder": str(tmp_path / "full")}),
+            "retry": export_case(tmp_path / "full", spec, sizes, options=options),
+        },
+    )
+    assert all(error.startswith("UserError: ") and "already exists" in error for error in done["taken"])
+    assert [path.name for path in (tmp_path / "taken" / "out").iterdir()] == ["keep"]
+    assert done["disk full"] == [
         "RuntimeError: export failed on rank 1: No space left on device",
         "OSError: No space left on device",
     ]
-    assert not (tmp_path / "out").exists()
-    assert _export(tmp_path, spec, {"tp": 2, "pp": 1}, max_shard_bytes=3000) == [None, None]
-    assert_equal(stored(tmp_path / "out"), weights)
+    assert done["look"][0] == [".out.incomplete", "in"]
+    assert done["retry"] == [None, None]
+    assert_equal(stored(tmp_path / "full" / "out"), weights)
+
+
+def listing(folder: str) -> list[str]:
+    names = sorted(path.name for path in Path(folder).iterdir())
+    dist.barrier()
+    return names
 
 
 def test_killed_export_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:

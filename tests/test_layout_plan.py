@@ -37,7 +37,7 @@ SHAPE = (7, 5)
 
 @st.composite
 def grids(draw: st.DrawFn) -> Layout:
-    """One HF tensor cut by a random grid, its cells dealt out to ranks, some of them to several, one parameter a cell."""
+    """One HF tensor cut by a random grid, its cells dealt out to ranks, some to several, one parameter a cell."""
     cuts = [sorted({0, size} | draw(st.sets(st.integers(1, size - 1), max_size=3))) for size in SHAPE]
     ranks = 3
     held: list[list[Block]] = [[] for _ in range(ranks)]
@@ -138,14 +138,10 @@ def test_data_parallel_replicas_share_the_sending() -> None:
 
 
 def test_plan_is_the_same_in_another_process_with_another_hash_seed() -> None:
-    mine = _fingerprint()
     folder = Path(__file__).parent
-    for seed in ("1", "2"):
-        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{folder}:{folder.parent}"}
-        done = subprocess.run(
-            [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=120, check=True
-        )
-        assert done.stdout.strip() == mine
+    env = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": f"{folder}:{folder.parent}"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == _fingerprint()
 
 
 def test_plans_and_layouts_survive_pickling_and_are_cached_by_value() -> None:

@@ -202,6 +202,14 @@ def test_the_anchor_old_is_identically_zero_with_one_update_a_rollout(kl_type):
     assert not torch.autograd.grad(loss.kl, x)[0].any()
 
 
+def test_k1_on_the_anchor_old_has_value_zero_and_its_constant_gradient():
+    x, r, s, _ = tensors(*draw(5))
+    x.requires_grad_()
+    loss = oreal_loss_reference(x, r, s, LENGTHS, REWARDS, ADVANTAGES, kl_anchor="old", kl_type="k1", kl_coef=3.0)
+    assert float(loss.kl.detach()) == 0.0
+    assert torch.autograd.grad(loss.kl, x)[0].tolist() == pytest.approx([3.0 / N] * N)
+
+
 def test_the_anchor_old_measures_the_distance_from_old_when_it_is_given():
     x, r, s, o = tensors(*draw(5))
     common = (s, LENGTHS, REWARDS, ADVANTAGES)

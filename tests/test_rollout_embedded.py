@@ -39,9 +39,9 @@ def steps_of_continuous_batching(lengths: list[int], slots: int) -> int:
 @pytest.mark.parametrize("slots", [1, 5, 16])
 def test_a_free_slot_is_refilled_in_the_next_step(model_dir, slots):
     prompts = contract.make_prompts([3, 6, 10])
-    requests = [Request(prompts[i % 3], i) for i in range(60)]
+    requests = [Request(prompts[i % 3], i) for i in range(40)]
     engine = build(model_dir, slots)
-    got = engine.generate(requests, contract.params(stop_token_id=3, max_new_tokens=200, max_length=256))
+    got = engine.generate(requests, contract.params(stop_token_id=3, max_new_tokens=120, max_length=256))
     lengths = [len(completion.token_ids) for completion in got]
     static = sum(max(lengths[i : i + slots]) for i in range(0, len(lengths), slots))
     assert engine.num_decode_steps == steps_of_continuous_batching(lengths, slots)
@@ -154,7 +154,7 @@ def test_weight_buffers_have_the_parameters_of_the_model(tmp_path, name):
 
 def test_cache_keeps_every_sequence_through_random_moves():
     spec = ModelSpec("llama", 2, 8, 8, 2, 2, 4, 10, 1024, 1e-6, True, False, False, RopeSpec(1e4))
-    slots, rng = 12, np.random.default_rng(0)
+    slots, rng = 64, np.random.default_rng(0)
     cache = KvCache(spec, slots, 300, torch.float32, torch.device("cpu"))
     assert [pool.capacity for pool in cache.pools] == [64, 128, 256, 300]
     mark: dict[int, float] = {}
@@ -162,7 +162,7 @@ def test_cache_keeps_every_sequence_through_random_moves():
     def columns(slot: int) -> torch.Tensor:
         return cache.pools[cache.pool_of[slot]].data[:, :, cache.row_of[slot], :, :40]
 
-    for step in range(300):
+    for step in range(100):
         for slot in [s for s in mark if rng.random() < 0.2]:
             cache.release(slot)
             del mark[slot]
@@ -190,6 +190,7 @@ def test_cache_keeps_every_sequence_through_random_moves():
         for slot, value in mark.items():
             assert (columns(slot) == value).all()
         assert all(pool.data.shape[2] <= slots for pool in cache.pools)
+    assert max(pool.data.shape[2] for pool in cache.pools) > 16, "no pool had to grow"
 
 
 def test_a_sharded_checkpoint_gives_the_same_weights(model_dir, tmp_path):

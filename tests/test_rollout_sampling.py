@@ -69,9 +69,9 @@ def test_any_integer_is_a_seed():
 )
 def test_each_draw_inverts_the_cdf_of_the_filtered_distribution(vocabulary, temperature, top_p, top_k):
     logits = np.random.default_rng(vocabulary).normal(scale=3.0, size=vocabulary).astype(np.float32)
-    draws = ((np.arange(2048) + 0.5) / 2048).astype(np.float32)
+    draws = ((np.arange(512) + 0.5) / 512).astype(np.float32)
     got = sample(
-        torch.from_numpy(logits).expand(2048, -1).contiguous(),
+        torch.from_numpy(logits).expand(512, -1).contiguous(),
         torch.from_numpy(draws),
         params(temperature, top_p, top_k),
     )
@@ -93,8 +93,8 @@ def test_each_draw_inverts_the_cdf_of_the_filtered_distribution(vocabulary, temp
 def test_a_flat_large_vocabulary_falls_back_from_the_head_to_the_full_sort():
     vocabulary = 6000
     assert vocabulary > 4 * sampling._TOP_P_HEAD
-    logits = torch.linspace(0, 0.1, vocabulary).expand(4096, -1).contiguous()
-    draws = (torch.arange(4096) + 0.5) / 4096
+    logits = torch.linspace(0, 0.1, vocabulary).expand(1024, -1).contiguous()
+    draws = (torch.arange(1024) + 0.5) / 1024
     got = sample(logits, draws, params(top_p=0.8))
     filtered = reference_distribution(logits[0].numpy(), 1.0, 0.8, 0)
     assert np.count_nonzero(filtered) > sampling._TOP_P_HEAD

@@ -59,7 +59,8 @@ EQUAL = {
         ("x \\leq 4", "(-\\infty,4]"), ("x \\in [1,2]", "1 \\le x \\le 2"),
         ("x<1 \\text{ or } x>2", "(-\\infty,1)\\cup(2,\\infty)"), ("2 < x", "x > 2"),
         ("(2,\\infty)\\cup(-\\infty,1)", "(-\\infty,1) \\cup (2,\\infty)"), ("[0, \\frac{1}{2})", "[0,0.5)"),
-        ("(1,2)", "1<x<2"), ("\\{x \\mid x > 2\\}", "(2,\\infty)"),
+        ("(1,2)", "1<x<2"), ("\\{x \\mid x > 2\\}", "(2,\\infty)"), ("\\mathbb{R}", "(-\\infty, \\infty)"),
+        ("\\text{all real numbers}", "\\mathbb{R}"),
         ("\\mathbb{R} \\setminus \\{2\\}", "\\mathbb{R}\\setminus\\{2\\}"),
     ],
     "closed forms": [

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from megatron_oreal.actor.build import DTYPES, MegatronModel
 from megatron_oreal.config import OptimizerConfig, ParallelConfig
@@ -15,6 +18,26 @@ from megatron_oreal.platform import Platform
 
 class NonFiniteGradientError(RuntimeError):
     """The gradient norm is not a number: the update would destroy the model, so the run stops before it is published."""
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _load_without_step(optimizer: DistributedOptimizer) -> None:
+    """Let a ``fully_reshardable`` checkpoint be loaded into torch's AdamW.
+
+    megatron-core 0.16-0.19 leaves the step count out of the tensors that it loads (it restores it from the parameter
+    groups) and then asks for it, because torch, unlike TransformerEngine and apex, keeps it beside the moments.
+    """
+    load = optimizer._set_main_param_and_optimizer_states
+
+    def load_with_step(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        load(model_param, tensors | ({"step": state["step"]} if "step" in state else {}))
+
+    optimizer._set_main_param_and_optimizer_states = load_with_step
 
 
 class ModelOptimizer:
@@ -43,6 +66,9 @@ class ModelOptimizer:
         overrides: dict[Any, Any] | None = {} if config.wd_on_norms_and_biases else None
         with platform.megatron():
             self.megatron = get_megatron_optimizer(megatron_config, model.chunks, config_overrides=overrides)
+        for part in _parts(self.megatron):
+            if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Optimizer):
+                _load_without_step(part)
 
     def zero_grad(self) -> None:
         """Clear gradient buffers; call before the first micro-batch of a step."""
@@ -55,6 +81,15 @@ class ModelOptimizer:
         """Refresh the optimizer's fp32 copies after weights were loaded into the model."""
         with self.platform.megatron():
             self.megatron.reload_model_params()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``sharded_state_dict`` saved; call inside ``platform.megatron()``."""
+        self.megatron.load_state_dict(state)
+        for part in _parts(self.megatron):
+            for parameter_state in part.optimizer.state.values():
+                # Megatron gives all parameters one step tensor, which torch's AdamW would then count up once for each.
+                if isinstance(parameter_state.get("step"), Tensor):
+                    parameter_state["step"] = parameter_state["step"].clone()
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, and return the gradient norm before clipping. Raises ``NonFiniteGradientError``."""

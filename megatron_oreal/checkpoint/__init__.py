@@ -1,1 +1,5 @@
+"""Atomic, resumable checkpoints in megatron-core's format."""
 
+from megatron_oreal.checkpoint.checkpoint import Checkpoints
+
+__all__ = ["Checkpoints"]

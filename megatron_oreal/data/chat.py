@@ -117,16 +117,12 @@ class ChatTemplate:
             ids = self.encode_prompt("1 + 1 = ?")
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{key}: Jinja syntax error in line {error.lineno}: {error.message}") from None
-        except jinja2.TemplateError as error:  # also what raise_exception() in a template raises
-            raise UserError(
-                f"{key}: the template refuses a question ({_message_kinds(self._system_prompt)}): {error}"
-            ) from None
+        except (jinja2.TemplateError, TypeError) as error:  # TemplateError is also what raise_exception() raises
+            kinds = "user message alone" if self._system_prompt is None else "system and user message"
+            reason = " ".join(str(error).split())
+            raise UserError(f"{key}: the template refuses a question ({kinds}): {reason}") from None
         if not len(ids):
             raise UserError(f"{key}: the template renders a question to no tokens at all")
-
-
-def _message_kinds(system_prompt: str | None) -> str:
-    return "user message alone" if system_prompt is None else "system and user message"
 
 
 def load_tokenizer(model_dir: str | Path) -> Any:

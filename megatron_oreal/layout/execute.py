@@ -74,8 +74,8 @@ def execute_plan(
     ``rank`` is the global rank; ``src_tensors`` and ``dst_tensors`` are its shards of both layouts (empty where it has
     none). Values cross in ``wire_dtype`` and are cast on arrival; by default the one dtype that all tensors have.
     Staging takes at most ``4 * bucket_bytes`` (two buckets to send, two to receive); a bucket holds at least an
-    element for each peer.
-    Without remote copies no process group is needed. ``group`` must have done a collective before (NCCL's condition).
+    element for each peer. Without remote copies no process group is needed; ``group`` must have done a collective
+    before (NCCL's condition).
 
     The messages of a round are all posted before any is waited for, and both sides derive the rounds from the plan:
     there is no order in which ranks could wait for each other in a circle.
@@ -84,7 +84,8 @@ def execute_plan(
     schedule = _schedule(plan, rank, bucket_bytes // dtype.itemsize)
     _zero(dst_tensors, plan.zeros.get(rank, ()))
     for copy in schedule.local:
-        _view(dst_tensors, copy.dst_param, copy.dst_rect).copy_(_view(src_tensors, copy.src_param, copy.src_rect))
+        value = _view(src_tensors, copy.src_param, copy.src_rect)
+        _view(dst_tensors, copy.dst_param, copy.dst_rect).copy_(value.to(dtype))  # rounded as if it had travelled
     staging = _Staging(schedule, dtype, _staging_device(src_tensors, dst_tensors, group))
     flying: list[dist.Work] = []
     for number, current in enumerate(schedule.rounds):

@@ -124,7 +124,7 @@ def make_coefficients(
         weights: (ω⁺, ω⁻) of ``token_weights``, [N] each; None: no reward model, weight 1.
         ref_logp: [N], the reference model's; needed unless ``kl_coef`` is 0 or ``kl_anchor`` is ``old``.
         old_logp: [N]; None: one update a rollout, old is logp detached.
-        pass_rates: p_i, one a sequence; required in ``paper`` mode.
+        pass_rates: p_i, one a sequence; required in ``paper`` mode when there are negatives.
         device: where the result lives; default: that of the first tensor given, else the CPU.
 
     Returns:
@@ -139,23 +139,14 @@ def make_coefficients(
     count = int(lengths.sum()) if isinstance(lengths, Tensor) else sum(lengths)
     segments = Segments.of(lengths, count, device)
     sign = _per_sequence("rewards", rewards, segments)
-    strength = _per_sequence("advantages", advantages, segments)
+    advantage = _per_sequence("advantages", advantages, segments)
     _check_batch(sign, num_positive_tokens, num_negative_tokens, num_tokens)
-    released = settings.mode == "released"
     if settings.kl_anchor == "reference" and settings.kl_coef > 0 and ref_logp is None and count:
         raise UserError("ref_logp is None; it is needed for kl_coef > 0 with kl_anchor 'reference'")
-    if not released and pass_rates is None and bool((sign < 0).any()):
-        raise UserError("pass_rates is None; mode 'paper' needs one pass rate a sequence")
-
-    positive = torch.full_like(sign, settings.positive_loss_factor / max(num_positive_tokens, 1))
-    if released and settings.pos_mult_adv:
-        positive = positive * strength
-    negative = torch.full_like(sign, settings.negative_loss_factor / max(num_negative_tokens, 1))
-    if released:
-        negative = negative * -strength
-    elif pass_rates is not None:
-        negative = negative * (1 - _per_sequence("pass_rates", pass_rates, segments))
-    per_sequence = torch.where(sign > 0, positive, 0.0), torch.where(sign < 0, negative, 0.0)
+    pass_rate = None if pass_rates is None else _per_sequence("pass_rates", pass_rates, segments)
+    positive = _positive_strength(sign, advantage, settings) * settings.positive_loss_factor
+    negative = _negative_strength(sign, advantage, pass_rate, settings) * settings.negative_loss_factor
+    per_sequence = positive / max(num_positive_tokens, 1), negative / max(num_negative_tokens, 1)
     per_token = [value.to(device)[segments.ids] for value in per_sequence]
     if weights is not None:
         if any(weight.shape != (count,) for weight in weights):
@@ -167,9 +158,26 @@ def make_coefficients(
         kl=torch.full_like(per_token[0], settings.kl_coef / max(num_tokens, 1), dtype=torch.float32),
         old=old_logp,
         kl_anchor=ref_logp if settings.kl_anchor == "reference" else old_logp,
-        negative_form="ratio" if released else "log_ratio",
+        negative_form="ratio" if settings.mode == "released" else "log_ratio",
         kl_type=settings.kl_type,
     )
+
+
+def _positive_strength(sign: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:
+    """A_i of the positives, or 1 in ``paper`` mode and with ``pos_mult_adv: false``; 0 of the negatives."""
+    strength = advantage if settings.mode == "released" and settings.pos_mult_adv else torch.ones_like(sign)
+    return torch.where(sign > 0, strength, 0.0)
+
+
+def _negative_strength(sign: Tensor, advantage: Tensor, pass_rate: Tensor | None, settings: LossSettings) -> Tensor:
+    """−A_i of the negatives, or 1 − p_i in ``paper`` mode; 0 of the positives."""
+    if settings.mode == "released":
+        return torch.where(sign < 0, -advantage, 0.0)
+    if pass_rate is None:
+        if bool((sign < 0).any()):
+            raise UserError("pass_rates is None; mode 'paper' needs one pass rate a sequence when there are negatives")
+        return torch.zeros_like(sign)
+    return torch.where(sign < 0, 1 - pass_rate, 0.0)
 
 
 def _per_sequence(name: str, values: Sequence[float] | Tensor, segments: Segments) -> Tensor:

@@ -58,7 +58,8 @@ def oreal_loss_reference(
         rewards: +1 or -1 a sequence.
         advantages: A_i, one a sequence; unused in ``paper`` mode.
         mode: ``released`` or ``paper``.
-        old_logp: float64 [N], constant; None: logp detached, one update a rollout.
+        old_logp: float64 [N], constant; None: logp detached, one update a rollout. ``kl_anchor: old`` then has
+            value and gradient 0 with k2 and k3; k1 = logp − old keeps its constant gradient ``kl_coef``/N.
         pass_rates: p_i in [0, 1], one a sequence; required in ``paper`` mode when there are negatives.
         **coefficients: the other keys of ``LossSettings``, with their defaults.
 
@@ -74,7 +75,7 @@ def oreal_loss_reference(
         raise UserError(f"rewards are {signs}; each must be +1 or -1")
     if pass_rates is None and mode == "paper" and -1.0 in signs:
         raise UserError("pass_rates is None; mode 'paper' needs one pass rate a sequence when there are negatives")
-    pass_rate = None if pass_rates is None else _per_sequence("pass_rates", pass_rates, len(lengths))
+    pass_rate = [0.0] * len(lengths) if pass_rates is None else _per_sequence("pass_rates", pass_rates, len(lengths))
 
     logp = logp.double()
     ref = ref_logp.detach().double()
@@ -82,35 +83,43 @@ def oreal_loss_reference(
     anchor = ref if settings.kl_anchor == "reference" else old
     num_positive = sum(n for n, sign in zip(lengths, signs, strict=True) if sign > 0)  # N⁺
     num_negative = sum(n for n, sign in zip(lengths, signs, strict=True) if sign < 0)  # N⁻
-    num_all = sum(lengths)  # N
 
     zero = logp[:0].sum()  # 0 for an empty set, and backward() still works
     positive, negative, kl = zero, zero, zero
     reward_model = logp.new_zeros(()) if rm_scores is None else rm_scores[:0].double().sum()
     start = 0
     for i, n in enumerate(lengths):
-        tokens = slice(start, start + n)
+        y = slice(start, start + n)  # the tokens of sequence i
         start += n
-        scores = None if rm_scores is None else rm_scores[tokens].double()
+        scores = None if rm_scores is None else rm_scores[y].double()
         if signs[i] > 0:
-            weight = torch.ones(n) if scores is None else _positive_weights(scores.detach(), settings)
-            a = advantage[i] if mode == "released" and settings.pos_mult_adv else 1.0
-            positive = positive + settings.positive_loss_factor / num_positive * a * (weight * -logp[tokens]).sum()
+            term = _positive_sum(logp[y], scores, advantage[i], settings)
+            positive = positive + settings.positive_loss_factor / num_positive * term
         else:
-            weight = torch.ones(n) if scores is None else _negative_weights(scores.detach(), settings)
-            log_ratio = logp[tokens] - old[tokens]
-            factor = settings.negative_loss_factor / num_negative
-            if mode == "released":
-                negative = negative - factor * advantage[i] * (weight * log_ratio.exp()).sum()
-            else:
-                assert pass_rate is not None
-                negative = negative + factor * (1 - pass_rate[i]) * (weight * log_ratio).sum()
-        delta = anchor[tokens] - logp[tokens]
-        kl = kl + settings.kl_coef / num_all * _kl_estimate(delta, settings.kl_type).sum()
+            term = _negative_sum(logp[y], old[y], scores, advantage[i], pass_rate[i], settings)
+            negative = negative + settings.negative_loss_factor / num_negative * term
+        kl = kl + settings.kl_coef / sum(lengths) * _kl_estimate(anchor[y] - logp[y], settings.kl_type).sum()
         if scores is not None:
             # BCE(σ(x), 1[R = +1]): −log σ(x) for a positive, −log(1 − σ(x)) = −log σ(−x) for a negative
             reward_model = reward_model - F.logsigmoid(signs[i] * scores.mean()) / len(lengths)
     return OrealLoss(positive + negative + kl, positive, negative, kl, reward_model)
+
+
+def _positive_sum(logp: Tensor, scores: Tensor | None, advantage: float, settings: LossSettings) -> Tensor:
+    """Return A Σ_t ω⁺_t (−logp_t) of one positive; no A in ``paper`` mode or with ``pos_mult_adv: false``."""
+    weight = torch.ones_like(logp) if scores is None else _positive_weights(scores.detach(), settings)
+    total = (weight * -logp).sum()
+    return advantage * total if settings.mode == "released" and settings.pos_mult_adv else total
+
+
+def _negative_sum(
+    logp: Tensor, old: Tensor, scores: Tensor | None, advantage: float, pass_rate: float, settings: LossSettings
+) -> Tensor:
+    """Return −A Σ_t ω⁻_t exp(logp_t − old_t) of one negative; ``paper``: (1 − p) Σ_t ω⁻_t (logp_t − old_t)."""
+    weight = torch.ones_like(logp) if scores is None else _negative_weights(scores.detach(), settings)
+    if settings.mode == "released":
+        return -advantage * (weight * (logp - old).exp()).sum()
+    return (1 - pass_rate) * (weight * (logp - old)).sum()
 
 
 def _kl_estimate(delta: Tensor, kl_type: KlType) -> Tensor:

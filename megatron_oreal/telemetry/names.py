@@ -30,6 +30,9 @@ def _metric(name: str, unit: str, meaning: str) -> str:
 PASS_RATE = _metric("reward/pass_rate", "share", "correct responses among the known ones, before any filtering")
 REWARD_MEAN = _metric("reward/mean", "", "mean outcome reward of the known responses: +1 correct, -1 wrong")
 GROUPS_KEPT = _metric("groups/kept", "groups", "prompts whose group passed the filter")
+GROUPS_ALL_CORRECT = _metric("groups/all_correct", "groups", "prompts whose known responses were all correct")
+GROUPS_ALL_WRONG = _metric("groups/all_wrong", "groups", "prompts whose known responses were all wrong")
+SEQUENCES_KEPT = _metric("groups/kept_sequences", "sequences", "responses that were trained on")
 UNKNOWN_SHARE = _metric("verdict/unknown_share", "share", "responses that no verifier could decide")
 
 LOSS_POSITIVE = _metric("loss/positive", "", "term of the positive responses, positive_loss_factor included")
@@ -37,6 +40,10 @@ LOSS_NEGATIVE = _metric("loss/negative", "", "term of the negative responses, ne
 LOSS_KL = _metric("loss/kl", "", "KL term, kl_coef included")
 LOSS_REWARD_MODEL = _metric("loss/reward_model", "nats/sequence", "binary cross-entropy of the token reward model")
 LOSS_TOTAL = _metric("loss/total", "", "the policy's loss: positive + negative + KL")
+
+REWARD_MODEL_ACCURACY = _metric(
+    "reward_model/accuracy", "share", "kept responses whose reward the reward model predicts, before its update"
+)
 
 GRAD_NORM_POLICY = _metric("grad_norm/policy", "", "global L2 norm of the policy's gradient before clipping")
 GRAD_NORM_REWARD_MODEL = _metric("grad_norm/reward_model", "", "the same of the token reward model")
@@ -55,12 +62,16 @@ NEGATIVE_WEIGHT_NONZERO = _metric("weights/negative_nonzero_share", "share", "ke
 
 LENGTH_MEAN = _metric("response/length_mean", "tokens", "mean response length, stop token included")
 LENGTH_MAX = _metric("response/length_max", "tokens", "longest response")
+LENGTH_CORRECT = _metric("response/length_correct", "tokens", "mean length of the correct responses")
+LENGTH_WRONG = _metric("response/length_wrong", "tokens", "mean length of the wrong responses")
 TRUNCATED_SHARE = _metric("response/truncated_share", "share", "responses cut by a length limit")
 
 GENERATED_PER_S = _metric(
     "throughput/generated_tokens_per_s", "tokens/s", "response tokens / time of generation, all ranks"
 )
 TOKENS_PER_S = _metric("throughput/tokens_per_s", "tokens/s", "prompt and response tokens / time/step, all ranks")
+
+BALANCE = _metric("parallel/balance", "", "work of the most loaded data-parallel rank over the mean")
 
 LOGP_DIFF_MEAN = _metric("rollout/logp_diff_mean", "nats", "mean |engine logp - trainer logp| over response tokens")
 LOGP_DIFF_P999 = _metric("rollout/logp_diff_p999", "nats", "99.9th percentile of the same")

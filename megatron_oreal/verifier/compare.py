@@ -80,7 +80,7 @@ def _same_value(gold: str, answer: str) -> bool:
 
 
 def _too_large(node: Node) -> bool:
-    """Tell whether a side is too large by itself: the answer alone is blamed for it only where the gold answer is not."""
+    """Tell whether a side is too large by itself; the answer is to blame only where the gold answer is not."""
     try:
         values.equal(node, node)
     except TooLargeError:

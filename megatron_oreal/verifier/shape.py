@@ -69,6 +69,7 @@ _QUOTED = re.compile(r'"[^"]*"')
 _LABEL = re.compile(r"(?:[A-Za-z'(),|\s+*\-]|\\[a-zA-Z]+)+")
 _VALUE_COMMAND = re.compile(r"\\?(?:frac|sqrt|sin|cos|tan|log|ln|binom|pi|pm|mp|infty)(?![a-z])|-?\s*\\?(?:e|i)\s*\Z")
 _SYMBOL = re.compile(r"\\?[A-Za-z]+'*")
+_REALS = re.compile(r'\\mathbb\s*\{?R\}?|"?\s*all\s+real\s+numbers\s*"?', re.IGNORECASE)
 _COMPARISON = re.compile(r"<=|>=|<|>")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 
@@ -192,6 +193,8 @@ def _read_brackets(text: str, depth: int) -> Shape:
             Sequence("tuple", tuple(_read(cell, depth + 1) for cell in row.split("&")), brackets="row") for row in rows
         ]
         return Sequence("tuple", tuple(read_rows), brackets="||" if matrix.group(1)[0] in "vV" else "matrix")
+    if _REALS.fullmatch(text):
+        return Intervals((interval("-\\infty", "\\infty", True, True),))
     if len(text) < 2 or not _encloses(text):
         return Scalar(text)
     inner, brackets = text[1:-1], text[0] + text[-1]

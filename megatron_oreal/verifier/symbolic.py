@@ -1,9 +1,9 @@
 r"""math-verify for what the whitelist grammar does not cover: integrals, sums, limits, set differences.
 
 Only math-verify's LaTeX reader is used (an ANTLR grammar). Its plain-expression reader is left out because it ends in
-``sympy.parse_expr``, which evaluates Python (and while any of it runs, that evaluation is taken out); so is its unit stripping, which takes the ``m`` of ``3m`` for metres. Its
-time limits rest on ``signal.alarm``, which a worker's own deadline replaces. Decimals are made exact, because
-math-verify compares floating point numbers to six places.
+``sympy.parse_expr``, which evaluates Python (and while any of it runs, that evaluation is taken out); so is its unit
+stripping, which takes the ``m`` of ``3m`` for metres. Its time limits rest on ``signal.alarm``, which a worker's own
+deadline replaces. Decimals are made exact, because math-verify compares floating point numbers to six places.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def to_latex(text: str) -> str:
 def _numbers_only() -> Iterator[None]:
     """Let sympy make numbers of texts and nothing else.
 
-    Its LaTeX reader turns every number token into ``sympy.Number(text)``, which ends in ``eval`` as any ``sympify`` of a
-    text does. Meanwhile sympy's ``eval_expr`` is one that evaluates nothing. For one thread at a time.
+    Its LaTeX reader turns every number token into ``sympy.Number(text)``, which ends in ``eval`` as any ``sympify`` of
+    a text does. Meanwhile sympy's ``eval_expr`` is one that evaluates nothing. For one thread at a time.
     """
     from sympy.parsing import sympy_parser
 

@@ -1,0 +1,122 @@
+"""Save and resume a run through megatron-core's ``dist_checkpointing``.
+
+``work_dir/checkpoints/step_XXXXXX`` holds ``policy`` and ``reward_model``, each a plain Megatron-core checkpoint (model and
+optimizer under Megatron's own keys), and ``run.json``, the run's position. It is written under another name and renamed
+when every rank is done, so a directory with that name is always whole. It may be resumed with another parallel layout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from megatron_oreal.actor.actor import Actor
+from megatron_oreal.actor.build import MegatronModel, unwrap
+from megatron_oreal.actor.optimizer import ModelOptimizer
+from megatron_oreal.errors import UserError
+from megatron_oreal.platform import Platform
+
+_NAME = re.compile(r"step_(\d{6,})")
+_RUN_FILE = "run.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run, of which the newest ``keep`` stay."""
+
+    def __init__(self, work_dir: Path, keep: int, platform: Platform):
+        self.folder = work_dir / "checkpoints"
+        self.keep = keep
+        self.platform = platform
+
+    def steps(self) -> list[int]:
+        """Steps that have a whole checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+    def newest(self) -> int | None:
+        """The step to resume from, as rank 0 sees the directory."""
+        steps = self.platform.broadcast_object(self.steps())
+        return steps[-1] if steps else None
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint that has seen ``step`` steps lies."""
+        return self.folder / f"step_{step:06d}"
+
+    def save(self, actor: Actor, step: int, position: dict[str, Any]) -> Path:
+        """Write the state after ``step`` steps. ``position``: what JSON can hold, the same on every rank."""
+        final = self.path(step)
+        partial = self.folder / f".{final.name}.incomplete"
+        if self.platform.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            for key, _, _ in _trained(actor):
+                (partial / key).mkdir(parents=True)
+            (partial / _RUN_FILE).write_text(json.dumps({"step": step, "position": position}))
+        self.platform.barrier()
+        with self.platform.megatron():
+            for key, model, optimizer in _trained(actor):
+                state = _sharded_state(model, optimizer, is_loading=False)
+                dist_checkpointing.save(state | {"iteration": step, "checkpoint_version": 3.0}, str(partial / key))
+        self.platform.barrier()
+        if self.platform.rank == 0:
+            if final.exists():  # a run that resumed from before this step comes here again
+                shutil.rmtree(final)
+            partial.rename(final)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
+        self.platform.barrier()
+        return final
+
+    def load(self, actor: Actor, step: int) -> dict[str, Any]:
+        """Restore models and optimizers in place and return ``position``. Raises ``UserError`` when they do not fit."""
+        path = self.path(step)
+        with self.platform.megatron():
+            for key, model, optimizer in _trained(actor):
+                if not (path / key).is_dir():
+                    raise UserError(f"{path}: has no {key}: resume with the config that wrote it, or use a new work_dir")
+                try:
+                    state = dist_checkpointing.load(
+                        _sharded_state(model, optimizer, is_loading=True), str(path / key)
+                    )
+                except CheckpointingException as error:
+                    reason = " ".join(str(error).split())[:300]
+                    raise UserError(f"{path / key}: does not fit this model ({reason}): use a new work_dir") from None
+                for name, chunk in zip(_chunk_keys(model), model.chunks, strict=True):
+                    unwrap(chunk).load_state_dict(state[name], strict=False)
+                optimizer.load_state_dict(state["optimizer"])
+        return json.loads((path / _RUN_FILE).read_text())["position"]
+
+
+def _trained(actor: Actor) -> list[tuple[str, MegatronModel, ModelOptimizer]]:
+    trained = [("policy", actor.policy, actor.policy_optimizer)]
+    if actor.reward_model is not None and actor.reward_model_optimizer is not None:
+        trained.append(("reward_model", actor.reward_model, actor.reward_model_optimizer))
+    return trained
+
+
+def _chunk_keys(model: MegatronModel) -> list[str]:
+    """Megatron's names: ``model``, or ``model0``, ``model1``, ... with virtual pipeline chunks."""
+    return ["model"] if len(model.chunks) == 1 else [f"model{index}" for index in range(len(model.chunks))]
+
+
+def _sharded_state(model: MegatronModel, optimizer: ModelOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {
+        key: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for key, chunk in zip(_chunk_keys(model), model.chunks, strict=True)
+    }
+    models = dict(state)
+    state["optimizer"] = optimizer.megatron.sharded_state_dict(models, is_loading, metadata=metadata)
+    return state
