@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ def rollout_metrics(
     statistics = step_statistics(rewards, lengths, stopped, kept)
     known = rewards[rewards != 0]
     metrics: dict[str, float | None] = {
-        names.PASS_RATE: statistics.accuracy,
+        names.PASS_RATE: statistics.pass_rate,
         names.REWARD_MEAN: float(known.mean()) if known.size else None,
         names.GROUPS_KEPT: statistics.kept_groups,
         names.GROUPS_ALL_CORRECT: statistics.groups_all_correct,
@@ -34,6 +34,8 @@ def rollout_metrics(
         names.LENGTH_CORRECT: statistics.response_length_correct,
         names.LENGTH_WRONG: statistics.response_length_wrong,
         names.TRUNCATED_SHARE: statistics.truncated_share,
+        names.TOKENS_GENERATED: int(lengths.sum()),
+        names.TOKENS_ALL: sum(t.num_tokens for t in trajectories),
         names.KEPT_MASS: float(np.mean([t.kept_mass for t in trajectories])),
     }
     return {name: float(value) for name, value in metrics.items() if value is not None}, statistics
@@ -75,16 +77,13 @@ def update_metrics(result: UpdateResult) -> dict[str, float]:
     return metrics
 
 
-def throughput_metrics(trajectories: Sequence[Trajectory], times: dict[str, float]) -> dict[str, float]:
-    """Tokens a second: of generation, and of the whole step."""
-    generated = sum(len(t.response_ids) for t in trajectories)
-    total = sum(t.num_tokens for t in trajectories)
-    return {
-        names.GENERATED_PER_S: generated * _per_second(times.get(names.phase_metric("generate"), 0.0)),
-        names.TOKENS_PER_S: total * _per_second(times[names.TIME_STEP]),
-    }
-
-
-def _per_second(seconds: float) -> float:
-    return 1.0 / seconds if seconds > 0 else 0.0
-
+def throughput_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Tokens a second of generation and of the whole step, from the step's token counts and times."""
+    generate = metrics.get(names.phase_metric("generate"), 0.0)
+    step = metrics[names.TIME_STEP] - metrics.get(names.phase_metric("evaluate"), 0.0)
+    throughput = {}
+    if generate > 0:
+        throughput[names.GENERATED_PER_S] = metrics[names.TOKENS_GENERATED] / generate
+    if step > 0:
+        throughput[names.TOKENS_PER_S] = metrics[names.TOKENS_ALL] / step
+    return throughput

@@ -98,7 +98,8 @@ def test_a_flat_large_vocabulary_falls_back_from_the_head_to_the_full_sort():
     got = sample(logits, draws, params(top_p=0.8))
     filtered = reference_distribution(logits[0].numpy(), 1.0, 0.8, 0)
     assert np.count_nonzero(filtered) > sampling._TOP_P_HEAD
-    assert got.tokens.min() == np.flatnonzero(filtered)[0]
+    border = np.flatnonzero(filtered)[0]
+    assert border <= got.tokens.min() <= border + np.count_nonzero(filtered) // 1024 + 1
     np.testing.assert_allclose(got.kept_mass.numpy(), filtered.sum(), atol=1e-4)
 
 

@@ -20,10 +20,6 @@ class NonFiniteGradientError(RuntimeError):
     """The gradient norm is not a number: the update would destroy the model, so the run stops before it is published."""
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
 def _load_without_step(optimizer: DistributedOptimizer) -> None:
     """Let a ``fully_reshardable`` checkpoint be loaded into torch's AdamW.
 
@@ -66,9 +62,14 @@ class ModelOptimizer:
         overrides: dict[Any, Any] | None = {} if config.wd_on_norms_and_biases else None
         with platform.megatron():
             self.megatron = get_megatron_optimizer(megatron_config, model.chunks, config_overrides=overrides)
-        for part in _parts(self.megatron):
+        for part in self.parts:
             if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Optimizer):
                 _load_without_step(part)
+
+    @property
+    def parts(self) -> list[Any]:
+        """Megatron's optimizers, out of the chain that it may put them in."""
+        return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
 
     def zero_grad(self) -> None:
         """Clear gradient buffers; call before the first micro-batch of a step."""
@@ -82,10 +83,11 @@ class ModelOptimizer:
         with self.platform.megatron():
             self.megatron.reload_model_params()
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``sharded_state_dict`` saved; call inside ``platform.megatron()``."""
         self.megatron.load_state_dict(state)
-        for part in _parts(self.megatron):
+        for part in self.parts:
             for parameter_state in part.optimizer.state.values():
                 # Megatron gives all parameters one step tensor, which torch's AdamW would then count up once for each.
                 if isinstance(parameter_state.get("step"), Tensor):

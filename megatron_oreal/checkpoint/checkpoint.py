@@ -2,7 +2,8 @@
 
 ``work_dir/checkpoints/step_XXXXXX`` holds ``policy`` and ``reward_model``, each a plain Megatron-core checkpoint (model and
 optimizer under Megatron's own keys), and ``run.json``, the run's position. It is written under another name and renamed
-when every rank is done, so a directory with that name is always whole. It may be resumed with another parallel layout.
+when every rank is done, so a directory with that name is always whole. It may be resumed with another parallel layout,
+except where ``_optimizer_format`` says so.
 """
 
 from __future__ import annotations
@@ -58,14 +59,16 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             for key, _, _ in _trained(actor):
                 (partial / key).mkdir(parents=True)
-            (partial / _RUN_FILE).write_text(json.dumps({"step": step, "position": position}))
+        formats = {key: _optimizer_format(optimizer, self.platform) for key, _, optimizer in _trained(actor)}
         self.platform.barrier()
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
-                state = _sharded_state(model, optimizer, is_loading=False)
+                state = _sharded_state(model, optimizer, formats[key], is_loading=False)
                 dist_checkpointing.save(state | {"iteration": step, "checkpoint_version": 3.0}, str(partial / key))
         self.platform.barrier()
         if self.platform.rank == 0:
+            run = {"step": step, "position": position, "optimizer_formats": formats}
+            (partial / _RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
             if final.exists():  # a run that resumed from before this step comes here again
                 shutil.rmtree(final)
             partial.rename(final)
@@ -77,21 +80,21 @@ class Checkpoints:
     def load(self, actor: Actor, step: int) -> dict[str, Any]:
         """Restore models and optimizers in place and return ``position``. Raises ``UserError`` when they do not fit."""
         path = self.path(step)
+        run = json.loads((path / _RUN_FILE).read_text())
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
                 if not (path / key).is_dir():
                     raise UserError(f"{path}: has no {key}: resume with the config that wrote it, or use a new work_dir")
                 try:
-                    state = dist_checkpointing.load(
-                        _sharded_state(model, optimizer, is_loading=True), str(path / key)
-                    )
+                    template = _sharded_state(model, optimizer, run["optimizer_formats"][key], is_loading=True)
+                    state = dist_checkpointing.load(template, str(path / key))
                 except CheckpointingException as error:
                     reason = " ".join(str(error).split())[:300]
                     raise UserError(f"{path / key}: does not fit this model ({reason}): use a new work_dir") from None
                 for name, chunk in zip(_chunk_keys(model), model.chunks, strict=True):
                     unwrap(chunk).load_state_dict(state[name], strict=False)
                 optimizer.load_state_dict(state["optimizer"])
-        return json.loads((path / _RUN_FILE).read_text())["position"]
+        return run["position"]
 
 
 def _trained(actor: Actor) -> list[tuple[str, MegatronModel, ModelOptimizer]]:
@@ -106,17 +109,32 @@ def _chunk_keys(model: MegatronModel) -> list[str]:
     return ["model"] if len(model.chunks) == 1 else [f"model{index}" for index in range(len(model.chunks))]
 
 
-def _sharded_state(model: MegatronModel, optimizer: ModelOptimizer, *, is_loading: bool) -> dict[str, Any]:
+def _optimizer_format(optimizer: ModelOptimizer, platform: Platform) -> str:
+    """Megatron's format for the distributed optimizer's state: ``fully_reshardable`` over TP, PP and DP where it is right.
+
+    megatron-core 0.16-0.19 cuts that format at wrong places when a bucket before the last one is padded (it happens with
+    small tied models under pipeline parallelism): such state is saved ``dp_reshardable``, for the same TP and PP only.
+    """
+    padded = any(
+        bucket.numel_unpadded != bucket.grad_data.numel()
+        for part in optimizer.parts
+        for buffer in getattr(part, "buffers", [])
+        for bucket in buffer.buckets[:-1]
+    )
+    return "dp_reshardable" if any(platform.gather_objects(padded)) else "fully_reshardable"
+
+
+def _sharded_state(
+    model: MegatronModel, optimizer: ModelOptimizer, optimizer_format: str, *, is_loading: bool
+) -> dict[str, Any]:
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": optimizer_format,
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
-    state: dict[str, Any] = {
+    models = {
         key: unwrap(chunk).sharded_state_dict(metadata=metadata)
         for key, chunk in zip(_chunk_keys(model), model.chunks, strict=True)
     }
-    models = dict(state)
-    state["optimizer"] = optimizer.megatron.sharded_state_dict(models, is_loading, metadata=metadata)
-    return state
+    return models | {"optimizer": optimizer.megatron.sharded_state_dict(models, is_loading, metadata=metadata)}

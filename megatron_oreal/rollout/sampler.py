@@ -30,11 +30,11 @@ class RolloutSampler:
         num_samples: int,
         sampling: SamplingParams,
         seed_of: Callable[[int, int], int],
-        label: str,
+        label: str | None,
     ) -> list[Trajectory]:
         """``num_samples`` verified responses to each prompt, ordered by (group, sample), the same list on every rank.
 
-        ``seed_of(group, sample)`` fixes each response wherever it is drawn.
+        ``seed_of(group, sample)`` fixes each response wherever it is drawn. ``label`` None: no progress bars.
         """
         mine = [
             (group, sample)
@@ -44,9 +44,10 @@ class RolloutSampler:
         encoded = {group: self.chat.encode_prompt(prompts[group].question) for group, _ in mine}
         requests = [Request(encoded[group], seed_of(group, sample)) for group, sample in mine]
         trajectories: dict[tuple[int, int], Trajectory] = {}
+        shown = False if label is None else None
         began = time.perf_counter()
         tokens = 0
-        with progress(label, total=len(requests), unit="responses on rank 0") as bar:
+        with progress(label or "", total=len(requests), unit="responses on rank 0", enabled=shown) as bar:
 
             def take(index: int, completion: Completion) -> None:
                 nonlocal tokens
@@ -60,7 +61,7 @@ class RolloutSampler:
                 bar.update(1, extra=f"{tokens / (time.perf_counter() - began):.0f} tok/s")
 
             self.engine.generate(requests, sampling, take)
-        with progress("verify", total=len(requests), unit="responses on rank 0") as bar:
+        with progress("verify", total=len(requests), unit="responses on rank 0", enabled=shown) as bar:
             for key, judgement in self.verifier.results():
                 self._judge(trajectories, key, judgement)
                 bar.update(1)

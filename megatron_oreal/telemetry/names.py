@@ -69,7 +69,11 @@ TRUNCATED_SHARE = _metric("response/truncated_share", "share", "responses cut by
 GENERATED_PER_S = _metric(
     "throughput/generated_tokens_per_s", "tokens/s", "response tokens / time of generation, all ranks"
 )
-TOKENS_PER_S = _metric("throughput/tokens_per_s", "tokens/s", "prompt and response tokens / time/step, all ranks")
+TOKENS_PER_S = _metric(
+    "throughput/tokens_per_s", "tokens/s", "prompt and response tokens / (time/step - time/evaluate), all ranks"
+)
+TOKENS_GENERATED = _metric("rollout/generated_tokens", "tokens", "response tokens of the step, all ranks")
+TOKENS_ALL = _metric("rollout/tokens", "tokens", "prompt and response tokens of the step, all ranks")
 
 BALANCE = _metric("parallel/balance", "", "work of the most loaded data-parallel rank over the mean")
 

@@ -1,0 +1,111 @@
+"""``megatron-oreal``: train | sft | eval | report.
+
+``megatron-oreal train CONFIG --nproc-per-node 8`` starts the ranks itself; ``torchrun ... -m megatron_oreal train CONFIG``
+works as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megatron_oreal import __version__
+from megatron_oreal.config import Config
+from megatron_oreal.config_check import check_config
+from megatron_oreal.config_load import dump_config, load_config
+from megatron_oreal.errors import UserError
+from megatron_oreal.launch import Nodes, launch
+from megatron_oreal.layout.model_spec import load_model_spec
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 after one line on standard error for a user's mistake."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        # Under torchrun every rank comes here with the same message; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-oreal", description="OREAL on Megatron-core and rollout engines")
+    parser.add_argument("--version", action="version", version=f"megatron-oreal {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_ in (
+        ("train", "train with OREAL; resumes from the newest checkpoint in work_dir"),
+        ("sft", "supervised phase on worked solutions"),
+        ("eval", "pass@1 of model.path on evaluation.data"),
+    ):
+        command = commands.add_parser(name, help=help_, description=help_)
+        command.add_argument("config", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="for example rollout.top_p=0.95")
+        ranks = command.add_argument_group("ranks to start (leave out under torchrun, or for a single process)")
+        ranks.add_argument("--nproc-per-node", type=int, metavar="N")
+        ranks.add_argument("--nnodes", type=int, default=1, metavar="N")
+        ranks.add_argument("--node-rank", type=int, default=0, metavar="R")
+        ranks.add_argument("--master-addr", default="localhost")
+        ranks.add_argument("--master-port", type=int, default=29500)
+        command.add_argument("--print-config", action="store_true", help="print the effective config and stop")
+        command.set_defaults(run=_with_config)
+    report = commands.add_parser("report", help="summary and report.png of a work_dir")
+    report.add_argument("work_dir")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _with_config(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(dump_config(config), end="")
+        return 0
+    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
+        return _launch(arguments, config)
+    _quieten()
+    # Imported here: Megatron takes seconds, and a mistake in the config should not.
+    if arguments.command == "train":
+        from megatron_oreal.train import train
+
+        train(config)
+    elif arguments.command == "sft":
+        from megatron_oreal.sft import supervise
+
+        supervise(config)
+    else:
+        from megatron_oreal.evaluate import evaluate_model
+
+        evaluate_model(config)
+    return 0
+
+
+def _launch(arguments: argparse.Namespace, config: Config) -> int:
+    """Find mistakes here, in a second, before any rank is started."""
+    nodes = Nodes(
+        arguments.nproc_per_node, arguments.nnodes, arguments.node_rank, arguments.master_addr, arguments.master_port
+    )
+    check_config(config, load_model_spec(config.model.path), nodes.world_size)
+    return launch([arguments.command, arguments.config, *arguments.overrides], nodes)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_oreal.telemetry import summary, write_report
+
+    print(summary(arguments.work_dir))
+    print(f"curves: {write_report(arguments.work_dir)}")
+    return 0
+
+
+def _quieten() -> None:
+    """Hide what libraries say about their own deprecations and absent optional parts; our own messages are prints."""
+    warnings.filterwarnings("ignore", module="megatron|torch|transformer_engine|apex")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Start a command's ranks on this node, as torchrun does, without its traceback when a rank refuses a user's mistake."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """``nproc_per_node`` ranks on each of ``nnodes`` nodes; the other fields are needed for more than one node."""
+
+    nproc_per_node: int
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "localhost"
+    master_port: int = 29500
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.nproc_per_node * self.nnodes
+
+
+def launch(arguments: Sequence[str], nodes: Nodes) -> int:
+    """Run ``python -m megatron_oreal ARGUMENTS`` on this node's ranks; returns the first failed rank's exit status.
+
+    A rank's own one-line error is all that is printed for status 2; other failures are named in one line.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    single = nodes.nnodes == 1
+    config = LaunchConfig(
+        min_nodes=nodes.nnodes,
+        max_nodes=nodes.nnodes,
+        nproc_per_node=nodes.nproc_per_node,
+        run_id=str(uuid.uuid4()) if single else "megatron-oreal",
+        rdzv_backend="c10d" if single else "static",
+        rdzv_endpoint="localhost:0" if single else f"{nodes.master_addr}:{nodes.master_port}",
+        rdzv_configs={} if single else {"rank": nodes.node_rank},
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    # Ranks on one node share its cores; without this each would start as many threads as there are cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nodes.nproc_per_node)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "megatron_oreal", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode
+        if status == 2:
+            return 2
+        how = f"was ended by signal {-status}" if status < 0 else f"exited with status {status}"
+        print(f"error: rank {rank} {how}; its output is above", file=sys.stderr, flush=True)
+        return 1
+    return 0

@@ -1,0 +1,86 @@
+"""The supervised phase: next-token cross-entropy on worked solutions, until the model solves some problems.
+
+OREAL learns from groups with right and wrong answers; a model that solves nothing gives it nothing. The published runs
+start from models that went through such a phase; this one makes small ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_oreal.actor.batch import TrainSequence
+from megatron_oreal.algorithm import mix_seed
+from megatron_oreal.config import Config
+from megatron_oreal.data.packing import PackItem
+from megatron_oreal.data.prompts import load_examples
+from megatron_oreal.errors import UserError
+from megatron_oreal.evaluate import evaluate
+from megatron_oreal.run import Run, open_run
+from megatron_oreal.telemetry import names, progress
+
+
+def supervise(config: Config) -> None:
+    """Train ``model.path`` on ``sft.data`` and write ``sft.output``; stop early at ``sft.stop_at_pass_rate``.
+
+    Raises ``UserError`` when a key of the ``sft`` section that it needs is missing.
+    """
+    sft = config.sft
+    if sft.data is None or sft.output is None:
+        missing = "sft.data" if sft.data is None else "sft.output"
+        raise UserError(f"{missing} is missing: the supervised phase needs data (JSON lines) and output (a directory)")
+    with open_run(config, policy_only=True) as run:
+        run.actor.load_hf()
+        examples = run.platform.fail_together(lambda: _examples(config, run))
+        batches = _batches(examples, sft.batch_size, config.seed)
+        with progress("supervised phase", total=sft.max_steps, unit="steps") as bar:
+            for step in range(sft.max_steps):
+                loss, _ = run.actor.supervised_step(next(batches), _learning_rate(config, step))
+                bar.update(1, extra=f"{loss:.3f} nats a token")
+                if (step + 1) % sft.eval_every == 0 and _solves_enough(run, step + 1):
+                    break
+        run.actor.export(sft.output)
+        run.say(f"supervised model: {sft.output}")
+
+
+def _learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then constant: the phase may stop at any step."""
+    return config.sft.lr * min(1.0, (step + 1) / max(1, config.sft.warmup_steps))
+
+
+def _examples(config: Config, run: Run) -> list[TrainSequence]:
+    assert config.sft.data is not None
+    pairs = [run.chat.encode_example(e.question, e.solution) for e in load_examples(config.sft.data)]
+    limit = config.parallel.max_tokens_per_microbatch
+    longest = max(len(prompt) + len(response) for prompt, response in pairs)
+    if longest > limit:
+        raise UserError(f"{config.sft.data}: an example has {longest} tokens, parallel.max_tokens_per_microbatch={limit}")
+    return [
+        TrainSequence(PackItem(prompt, response), reward=1, advantage=1.0, pass_rate=math.nan)  # type: ignore[arg-type]
+        for prompt, response in pairs
+    ]
+
+
+def _batches(examples: list[TrainSequence], size: int, seed: int) -> Iterator[list[TrainSequence]]:
+    """Endless batches, shuffled anew every epoch, the same on every rank."""
+    epoch = 0
+    queue: list[TrainSequence] = []
+    while True:
+        while len(queue) < size:
+            keys = [mix_seed(seed, epoch, index) for index in range(len(examples))]
+            queue += [examples[i] for i in sorted(range(len(examples)), key=keys.__getitem__)]
+            epoch += 1
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def _solves_enough(run: Run, step: int) -> bool:
+    if not run.held_out or run.config.sft.stop_at_pass_rate >= 1.0:
+        return False
+    run.publish()
+    result = evaluate(run.rollouts, run.held_out, 1, run.sampling, run.config.seed, quiet=True)
+    run.say(
+        f"supervised step {step}: held-out pass@1 sampled {result[names.EVAL_PASS_AT_1]:.3f}, "
+        f"greedy {result[names.EVAL_GREEDY]:.3f}"
+    )
+    return result[names.EVAL_PASS_AT_1] >= run.config.sft.stop_at_pass_rate

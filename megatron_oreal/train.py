@@ -1,0 +1,164 @@
+"""OREAL's loop: every phase one named call and one timer.
+
+    prompts -> rollouts -> verdicts -> groups -> pairs -> token weights -> losses -> optimizer -> reshard -> (next step)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_oreal.actor.batch import TrainSequence
+from megatron_oreal.algorithm import Kept, request_seed, rewards_from_verdicts, select
+from megatron_oreal.checkpoint import Checkpoints
+from megatron_oreal.config import Config
+from megatron_oreal.data.packing import PackItem
+from megatron_oreal.data.trajectories import TrajectoryWriter
+from megatron_oreal.data.types import Prompt, Trajectory
+from megatron_oreal.errors import UserError
+from megatron_oreal.evaluate import evaluate
+from megatron_oreal.run import Run, open_run
+from megatron_oreal.step_metrics import rollout_metrics, throughput_metrics, update_metrics
+from megatron_oreal.telemetry import MetricLogger, PhaseTimers, StepTable, summary, write_report
+
+
+def train(config: Config) -> None:
+    """Train for ``total_steps`` steps, or from the newest checkpoint in ``work_dir`` to there."""
+    with open_run(config) as run:
+        checkpoints = Checkpoints(config.work_path, config.checkpoint.keep, run.platform)
+        first_step = _restore(run, checkpoints)
+        timers = PhaseTimers(run.platform.synchronize)
+        table = StepTable(enabled=run.is_first_rank)
+        with MetricLogger(config.work_dir, config.telemetry, run.is_first_rank, first_step) as logger:
+            run.publish()
+            timers.reset()
+            for step in range(first_step, config.total_steps):
+                metrics = _evaluate_when_due(run, timers, step, last=False)
+                metrics |= train_step(run, timers, step)
+                with timers("checkpoint"):
+                    _save_when_due(run, checkpoints, step + 1)
+                metrics |= timers.collect()
+                metrics |= throughput_metrics(metrics)
+                logger.log(step, metrics)
+                table.row(step, metrics)
+            final = _evaluate_when_due(run, timers, config.total_steps, last=True)
+            if final:
+                logger.log(config.total_steps, final | timers.collect())
+        _finish(run)
+
+
+def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
+    """One step of algorithm.md; returns its metrics. A step that keeps nothing makes no update, and says so."""
+    config, rollout = run.config, run.config.rollout
+    assert run.order is not None
+    prompts = run.order.take(rollout.prompts_per_step)
+    with timers("generate"):
+        trajectories = run.rollouts.sample(
+            prompts,
+            rollout.prompt_repeat_k,
+            run.sampling,
+            lambda group, sample: request_seed(config.seed, step, group, sample),
+            f"step {step} generate",
+        )
+    with timers("select"):
+        verdicts = [t.judgement.verdict for t in trajectories if t.judgement is not None]
+        k = rollout.prompt_repeat_k
+        rewards = rewards_from_verdicts([verdicts[i : i + k] for i in range(0, len(verdicts), k)])
+        algorithm = config.algorithm
+        kept = select(
+            rewards,
+            filter=algorithm.filter,
+            shaping=algorithm.reward_shaping_type,
+            run_seed=config.seed,
+            step=step,
+        )
+        metrics, statistics = rollout_metrics(trajectories, rewards, kept)
+        _require_known(config, statistics.unknown_share)
+        if config.telemetry.save_trajectories and run.is_first_rank:
+            _write_trajectories(config, step, prompts, trajectories)
+    if kept:
+        with timers("update"):
+            result = run.actor.update(_sequences(trajectories, kept, k), step)
+        metrics |= update_metrics(result)
+        if result.policy_grad_norm is not None:
+            with timers("publish"):
+                run.publish()
+    else:
+        run.say(
+            f"step {step}: no group kept ({statistics.groups_all_correct} all correct, {statistics.groups_all_wrong} all "
+            f"wrong, {statistics.groups_few_known} with fewer than two known verdicts): no update"
+        )
+    return metrics
+
+
+def _sequences(trajectories: Sequence[Trajectory], kept: Sequence[Kept], k: int) -> list[TrainSequence]:
+    chosen = [(trajectories[item.group * k + item.sample], item) for item in kept]
+    return [
+        TrainSequence(PackItem.of(t), item.reward, item.advantage, item.pass_rate, t.engine_logp) for t, item in chosen
+    ]
+
+
+def _require_known(config: Config, unknown_share: float | None) -> None:
+    limit = config.verifier.max_unknown_share
+    if unknown_share is not None and unknown_share > limit:
+        raise UserError(
+            f"verifier.max_unknown_share={limit}: {unknown_share:.0%} of this step's verdicts are unknown; training on the "
+            "rest would be biased: repair the verifier, or raise the limit"
+        )
+
+
+def _restore(run: Run, checkpoints: Checkpoints) -> int:
+    """Load weights: from the newest checkpoint when resuming, else from the Hugging Face directory."""
+    step = checkpoints.newest()
+    if step is not None and not run.config.checkpoint.resume:
+        raise UserError(
+            f"checkpoint.resume=false, but {checkpoints.path(step)} is there: remove it, set resume=true or use another work_dir"
+        )
+    if step is None:
+        run.actor.load_hf()
+        return 0
+    run.actor.load_reference()
+    position = checkpoints.load(run.actor, step)
+    assert run.order is not None
+    run.order.load_state_dict(position["prompts"])
+    run.say(f"resumed from {checkpoints.path(step)}")
+    return step
+
+
+def _save_when_due(run: Run, checkpoints: Checkpoints, step: int) -> None:
+    every = run.config.checkpoint.every
+    if every and (step % every == 0 or step == run.config.total_steps):
+        assert run.order is not None
+        position: dict[str, Any] = {"prompts": dict(run.order.state_dict())}
+        checkpoints.save(run.actor, step, position)
+
+
+def _evaluate_when_due(run: Run, timers: PhaseTimers, step: int, *, last: bool) -> dict[str, float]:
+    evaluation = run.config.evaluation
+    due = last or step == 0 or (evaluation.every and step % evaluation.every == 0)
+    if not run.held_out or not due:
+        return {}
+    with timers("evaluate"):
+        return evaluate(run.rollouts, run.held_out, evaluation.num_samples, run.sampling, run.config.seed)
+
+
+def _write_trajectories(config: Config, step: int, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> None:
+    with TrajectoryWriter(config.work_path / "trajectories" / f"step_{step:06d}.jsonl") as writer:
+        for trajectory in trajectories:
+            writer.write(trajectory, prompts[trajectory.group].id)
+
+
+def _finish(run: Run) -> None:
+    """Export the policy and draw the report; print where they are and what the run has shown."""
+    config = run.config
+    if config.checkpoint.export_hf:
+        path = config.work_path / "hf"
+        if run.is_first_rank and path.exists():  # of an earlier run of this work_dir, or before a resume
+            shutil.rmtree(path)
+        run.platform.barrier()
+        run.actor.export(path)
+        run.say(f"export: {path}")
+    if run.is_first_rank:
+        print(summary(config.work_dir))
+        print(f"curves: {write_report(config.work_dir)}", flush=True)
