@@ -1,7 +1,7 @@
 """``megatron-oreal``: train | sft | eval | report.
 
-``megatron-oreal train CONFIG --nproc-per-node 8`` starts the ranks itself; ``torchrun ... -m megatron_oreal train CONFIG``
-works as well.
+``megatron-oreal train CONFIG --nproc-per-node 8`` starts the ranks itself; ``torchrun ... -m megatron_oreal train
+CONFIG`` works as well.
 """
 
 from __future__ import annotations

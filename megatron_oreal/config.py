@@ -31,7 +31,9 @@ class ModelConfig(Section):
     reference_path: str | None = Field(None, description="frozen reference model; null: the initial policy")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="parameters and activations; gradients are always fp32")
     reward_model: bool = Field(True, description="train a token-level reward model; false: all token weights are 1")
-    chat_template: str | None = Field(None, description="Jinja file; null: the tokenizer's own template")
+    chat_template: str | None = Field(
+        None, description="Jinja file, or a packaged one: oreal, deepseek_r1_distill; null: the tokenizer's own"
+    )
     system_prompt: str | None = Field(None, description="system message put before every question")
     stop_word: str = Field(description="the one token that ends a response")
 
@@ -73,6 +75,7 @@ class VerifierConfig(Section):
     thinking_finish_words: list[str] = ["<conclude>", "**Final Answer**", "</think>"]
     num_processes: PositiveInt = Field(2, description="worker processes a rank")
     deadline_s: PositiveFloat = Field(10.0, description="seconds one item may take before its worker is replaced")
+    memory_limit_mb: PositiveInt = Field(1024, description="address space of a worker")
     max_unknown_share: Fraction = Field(0.5, description="a step with a larger share of unknown verdicts stops the run")
 
 
@@ -121,7 +124,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
-    max_tokens_per_microbatch: PositiveInt = Field(16384, description="packed tokens, prompt and response, a micro-batch")
+    max_tokens_per_microbatch: PositiveInt = Field(
+        16384, description="packed tokens, prompt and response, a micro-batch"
+    )
     make_vocab_size_divisible_by: PositiveInt = Field(1, description="padding of the vocabulary, before times TP")
     transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(
         "auto", description="auto: TransformerEngine on a GPU where it is installed, else torch-native modules"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from megatron_oreal.config import Config
 from megatron_oreal.errors import UserError
@@ -20,9 +19,6 @@ def _contradictions(config: Config, spec: ModelSpec, world_size: int) -> Iterato
     yield from _parallel(config, spec, world_size)
     yield from _lengths(config, spec)
     yield from _algorithm(config)
-    if config.model.chat_template and config.model.chat_template.endswith(".jinja"):
-        if not Path(config.model.chat_template).is_file():
-            yield f"model.chat_template={config.model.chat_template!r}: no such file"
 
 
 def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
@@ -77,7 +73,7 @@ def _lengths(config: Config, spec: ModelSpec) -> Iterator[str]:
     if config.parallel.max_tokens_per_microbatch < rollout.gen_max_length:
         yield (
             f"parallel.max_tokens_per_microbatch={config.parallel.max_tokens_per_microbatch} is smaller than "
-            f"rollout.gen_max_length={rollout.gen_max_length}, the longest sequence that one micro-batch must hold: raise it"
+            f"rollout.gen_max_length={rollout.gen_max_length}, which one micro-batch must be able to hold: raise it"
         )
 
 
@@ -93,8 +89,14 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.actor_freeze_steps={algorithm.actor_freeze_steps} with model.reward_model=false trains nothing "
             "in those steps: set it to 0"
         )
+    if algorithm.kl_anchor == "old" and algorithm.kl_type == "k1":
+        yield "algorithm.kl_type=k1 with algorithm.kl_anchor=old is a constant slope on every token: use k2 or k3"
+    for low, high, repeats in config.data.pass_rate_buckets:
+        if not low < high or repeats < 0:
+            yield f"data.pass_rate_buckets: [{low}, {high}, {repeats}] must be [low, high, repeats] with low < high"
     for base, minimum in (("actor_lr", "actor_min_lr"), ("token_level_rm_lr", "token_level_rm_lr_min")):
         if getattr(optimizer, minimum) > getattr(optimizer, base):
             yield (
-                f"optimizer.{minimum}={getattr(optimizer, minimum)} is above optimizer.{base}={getattr(optimizer, base)}"
+                f"optimizer.{minimum}={getattr(optimizer, minimum)} is above "
+                f"optimizer.{base}={getattr(optimizer, base)}: lower it"
             )

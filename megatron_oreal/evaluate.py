@@ -23,7 +23,13 @@ _EVALUATION_STEP = -1
 
 
 def evaluate(
-    sampler: RolloutSampler, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingParams, run_seed: int, *, quiet: bool = False
+    sampler: RolloutSampler,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    sampling: SamplingParams,
+    run_seed: int,
+    *,
+    quiet: bool = False,
 ) -> dict[str, float]:
     """pass@1 over ``num_samples`` samples a problem at the training temperature, top-p and top-k off; and greedy.
 
@@ -31,7 +37,9 @@ def evaluate(
     """
     full = replace(sampling, top_p=1.0, top_k=0)
     sampled = _correct(sampler, prompts, num_samples, full, run_seed, None if quiet else "evaluate")
-    greedy = _correct(sampler, prompts, 1, replace(full, temperature=0.0), run_seed, None if quiet else "evaluate greedy")
+    greedy = _correct(
+        sampler, prompts, 1, replace(full, temperature=0.0), run_seed, None if quiet else "evaluate greedy"
+    )
     interval = grouped_interval(sampled)
     return {
         names.EVAL_PASS_AT_1: pass_at_1(sampled),
@@ -53,7 +61,9 @@ def _correct(
     drawn = sampler.sample(
         prompts, num_samples, sampling, lambda group, k: request_seed(run_seed, _EVALUATION_STEP, group, k), label
     )
-    verdicts = [trajectory.judgement is not None and trajectory.judgement.verdict is Verdict.CORRECT for trajectory in drawn]
+    verdicts = [
+        trajectory.judgement is not None and trajectory.judgement.verdict is Verdict.CORRECT for trajectory in drawn
+    ]
     return np.array(verdicts).reshape(len(prompts), num_samples)
 
 

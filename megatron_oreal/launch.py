@@ -1,4 +1,4 @@
-"""Start a command's ranks on this node, as torchrun does, without its traceback when a rank refuses a user's mistake."""
+"""Start a command's ranks on this node, as torchrun does, without its traceback when a rank refuses a mistake."""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ def _examples(config: Config, run: Run) -> list[TrainSequence]:
     limit = config.parallel.max_tokens_per_microbatch
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     if longest > limit:
-        raise UserError(f"{config.sft.data}: an example has {longest} tokens, parallel.max_tokens_per_microbatch={limit}")
+        raise UserError(
+            f"{config.sft.data}: an example has {longest} tokens, parallel.max_tokens_per_microbatch={limit}"
+        )
     return [
         TrainSequence(PackItem(prompt, response), reward=1, advantage=1.0, pass_rate=math.nan)  # type: ignore[arg-type]
         for prompt, response in pairs

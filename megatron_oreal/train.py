@@ -1,6 +1,6 @@
 """OREAL's loop: every phase one named call and one timer.
 
-    prompts -> rollouts -> verdicts -> groups -> pairs -> token weights -> losses -> optimizer -> reshard -> (next step)
+prompts -> rollouts -> verdicts -> groups -> pairs -> token weights -> losses -> optimizer -> reshard -> (next step)
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
                 run.publish()
     else:
         run.say(
-            f"step {step}: no group kept ({statistics.groups_all_correct} all correct, {statistics.groups_all_wrong} all "
-            f"wrong, {statistics.groups_few_known} with fewer than two known verdicts): no update"
+            f"step {step}: no group kept ({statistics.groups_all_correct} all correct, {statistics.groups_all_wrong} "
+            f"all wrong, {statistics.groups_few_known} with fewer than two known verdicts): no update"
         )
     return metrics
 
@@ -103,8 +103,8 @@ def _require_known(config: Config, unknown_share: float | None) -> None:
     limit = config.verifier.max_unknown_share
     if unknown_share is not None and unknown_share > limit:
         raise UserError(
-            f"verifier.max_unknown_share={limit}: {unknown_share:.0%} of this step's verdicts are unknown; training on the "
-            "rest would be biased: repair the verifier, or raise the limit"
+            f"verifier.max_unknown_share={limit}: {unknown_share:.0%} of this step's verdicts are unknown; training on "
+            "the rest would be biased: repair the verifier, or raise the limit"
         )
 
 
@@ -113,7 +113,8 @@ def _restore(run: Run, checkpoints: Checkpoints) -> int:
     step = checkpoints.newest()
     if step is not None and not run.config.checkpoint.resume:
         raise UserError(
-            f"checkpoint.resume=false, but {checkpoints.path(step)} is there: remove it, set resume=true or use another work_dir"
+            f"checkpoint.resume=false, but {checkpoints.path(step)} is there: remove it, set resume=true or use "
+            "another work_dir"
         )
     if step is None:
         run.actor.load_hf()
@@ -143,7 +144,9 @@ def _evaluate_when_due(run: Run, timers: PhaseTimers, step: int, *, last: bool) 
         return evaluate(run.rollouts, run.held_out, evaluation.num_samples, run.sampling, run.config.seed)
 
 
-def _write_trajectories(config: Config, step: int, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> None:
+def _write_trajectories(
+    config: Config, step: int, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]
+) -> None:
     with TrajectoryWriter(config.work_path / "trajectories" / f"step_{step:06d}.jsonl") as writer:
         for trajectory in trajectories:
             writer.write(trajectory, prompts[trajectory.group].id)

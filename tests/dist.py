@@ -30,7 +30,9 @@ def run_ranks(
         command += [str(Path(__file__)), target, folder]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
         if done.returncode and check:
-            raise AssertionError(f"{target} on {world_size} ranks failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+            raise AssertionError(
+                f"{target} on {world_size} ranks failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+            )
         return [pickle.loads((Path(folder) / f"result{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 

@@ -48,7 +48,7 @@ def worked_solution(a: int, b: int) -> str:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, and one for ``\\boxed{``.
 
-    Byte-level BPE without merges behind Qwen2's splitting rule: the kind that ``AutoTokenizer`` expects of a Qwen2 model.
+    Byte-level BPE without merges behind Qwen2's splitting rule: what ``AutoTokenizer`` expects of a Qwen2 model.
     """
     characters = [SPACE if word == " " else word for word in WORDS]
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *characters])}

@@ -1,8 +1,8 @@
 """The three models of OREAL on this rank and what is done with them: score, learn, publish, save.
 
-    reference: log-probabilities                       (forward)
-    reward model: scores, its own loss, its update     (forward and backward; the scores are from before the update)
-    policy: token weights from those scores, its loss  (forward and backward; forward alone while it is frozen)
+reference: log-probabilities                       (forward)
+reward model: scores, its own loss, its update     (forward and backward; the scores are from before the update)
+policy: token weights from those scores, its loss  (forward and backward; forward alone while it is frozen)
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TokenSums:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """``sums``: see ``TokenSums``; ``counts``: the normalisers; gradient norms and rates are None where nothing learned."""
+    """``counts``: the normalisers. A gradient norm is None, and a rate 0, of a model that did not learn in the step."""
 
     sums: TokenSums
     counts: Normalisers
@@ -271,7 +271,9 @@ class Actor:
         )
 
         def head(index: int, logits: Tensor) -> tuple[Tensor, None]:
-            return self._policy_head(logits, batch.microbatches[index], counts, ref_logps[index], scores[index], sums), None
+            return self._policy_head(
+                logits, batch.microbatches[index], counts, ref_logps[index], scores[index], sums
+            ), None
 
         if not frozen:
             self.policy_optimizer.zero_grad()

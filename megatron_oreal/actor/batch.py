@@ -13,6 +13,7 @@ from megatron_oreal.actor.specs import Implementation
 from megatron_oreal.config import ParallelConfig
 from megatron_oreal.data.packing import PackItem, WorkModel, pack, plan_microbatches
 from megatron_oreal.layout.model_spec import ModelSpec
+from megatron_oreal.loss.settings import Mode
 from megatron_oreal.platform import Platform
 
 
@@ -78,7 +79,7 @@ def make_batch(
     grid: ParallelGrid,
     implementation: Implementation,
     platform: Platform,
-    mode: str,
+    mode: Mode,
 ) -> Batch:
     """Plan the same micro-batches on every rank and pack those of this rank's data-parallel index."""
     pad = grid.tp if parallel.sequence_parallel else 1

@@ -96,8 +96,9 @@ def transformer_config(
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
         bf16=dtype == "bf16",
-        # Interleaved stages exchange in both directions at once: with two stages only the unbatched, overlapped form pairs
-        # sends with receives rightly, and Megatron's exchange of shapes does not; so their micro-batches have one length.
+        # Interleaved stages exchange in both directions at once: with two stages only the unbatched, overlapped form
+        # pairs sends with receives rightly, and Megatron's exchange of shapes does not; so their micro-batches have
+        # one length.
         variable_seq_lengths=interleaved is None,
         batch_p2p_comm=interleaved is None,
         overlap_p2p_comm=interleaved is not None,
@@ -170,9 +171,7 @@ def _build_chunk(
     model = PackedGPTModel(
         config=config,
         transformer_layer_spec=layer_spec(config, implementation, qk_norm=spec.qk_norm, num_layers=num_layers),
-        vocab_size=padded_vocab_size(
-            spec.vocab_size, tp=grid.tp, vocab_divisor=parallel.make_vocab_size_divisible_by
-        ),
+        vocab_size=padded_vocab_size(spec.vocab_size, tp=grid.tp, vocab_divisor=parallel.make_vocab_size_divisible_by),
         max_sequence_length=max_sequence_length,
         pre_process=first,
         post_process=last,

@@ -36,7 +36,7 @@ class ScoreHead(torch.nn.Module):
 
 
 class PackedGPTModel(GPTModel):
-    """GPTModel over packed sequences; the policy and the reference (vocabulary head) or the reward model (score head)."""
+    """GPTModel over packed sequences, with a vocabulary head (policy, reference) or a score head (reward model)."""
 
     def __init__(self, *args: Any, score_head: bool = False, local_rope: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -50,9 +50,10 @@ class PackedGPTModel(GPTModel):
             # The hidden states are gathered here, before positions are selected; the gather's backward is then the
             # reduce-scatter, and the head must not reduce a second time.
             sequence_parallel = self.config.sequence_parallel
-            self.output_layer.sequence_parallel = False
-            self.output_layer.disable_grad_reduce = sequence_parallel
-            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1 and not sequence_parallel
+            head: Any = self.output_layer
+            head.sequence_parallel = False
+            head.disable_grad_reduce = sequence_parallel
+            head.allreduce_dgrad = self.pg_collection.tp.size() > 1 and not sequence_parallel
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Torch-native attention takes one rotary angle a token, so that packed sequences need no loop."""
@@ -66,6 +67,7 @@ class PackedGPTModel(GPTModel):
         if not self.post_process:
             return hidden_states
         packed: PackedSequences = kwargs["packed_seq_params"]
+        assert packed.read_index is not None
         if self.config.sequence_parallel:
             # Every tensor-parallel rank computes the same scores from the same rows (nothing to sum in the backward),
             # but only its own part of the vocabulary (partial gradients, summed by the reduce-scatter).

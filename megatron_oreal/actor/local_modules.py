@@ -109,7 +109,7 @@ class PackedAttention(MegatronModule):
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm in fp32, output in the input's dtype; its weight is marked for the sequence-parallel gradient reduction."""
+    """RMSNorm in fp32, output in the input's dtype; its weight is marked for sequence parallelism's reduction."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any):
         super().__init__()
@@ -117,7 +117,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of ``x``."""

@@ -17,7 +17,7 @@ from megatron_oreal.platform import Platform
 
 
 class NonFiniteGradientError(RuntimeError):
-    """The gradient norm is not a number: the update would destroy the model, so the run stops before it is published."""
+    """The gradient norm is not a number: the update destroyed the model, so the run stops before it is published."""
 
 
 def _load_without_step(optimizer: DistributedOptimizer) -> None:
@@ -58,12 +58,12 @@ class ModelOptimizer:
             params_dtype=DTYPES[dtype],
             use_distributed_optimizer=parallel.use_distributed_optimizer,
         )
-        # An empty dict means no exceptions: decay on every parameter. None is Megatron's default, which spares 1-D ones.
+        # An empty dict: no exceptions, decay on every parameter. None: Megatron's default, which spares 1-D ones.
         overrides: dict[Any, Any] | None = {} if config.wd_on_norms_and_biases else None
         with platform.megatron():
             self.megatron = get_megatron_optimizer(megatron_config, model.chunks, config_overrides=overrides)
         for part in self.parts:
-            if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Optimizer):
+            if isinstance(part, DistributedOptimizer):
                 _load_without_step(part)
 
     @property
@@ -75,7 +75,7 @@ class ModelOptimizer:
         """Clear gradient buffers; call before the first micro-batch of a step."""
         with self.platform.megatron():
             for chunk in self.model.chunks:
-                chunk.zero_grad_buffer()
+                chunk.zero_grad_buffer()  # type: ignore[operator]
             self.megatron.zero_grad()
 
     def reload_model_params(self) -> None:

@@ -15,6 +15,7 @@ from megatron_oreal.actor.build import MegatronModel, unwrap
 from megatron_oreal.actor.local_modules import PackedSequences, padded_batches
 from megatron_oreal.actor.specs import Implementation
 from megatron_oreal.data.packing import PackedBatch
+from megatron_oreal.loss.settings import Mode
 from megatron_oreal.platform import Platform
 
 # head(i, output): what the last stage makes of micro-batch i's logits (policy, [n, vocab / tp]) or scores (reward
@@ -39,7 +40,7 @@ class DeviceBatch:
     response_lengths: list[int]
 
 
-def to_device(batch: PackedBatch, implementation: Implementation, platform: Platform, *, mode: str) -> DeviceBatch:
+def to_device(batch: PackedBatch, implementation: Implementation, platform: Platform, *, mode: Mode) -> DeviceBatch:
     """Move a packed batch to the device; ``mode`` decides where scores are read (algorithm.md, "Positions")."""
     device = platform.device
     cu_seqlens = np.asarray(batch.cu_seqlens)

@@ -1,9 +1,9 @@
 """Save and resume a run through megatron-core's ``dist_checkpointing``.
 
-``work_dir/checkpoints/step_XXXXXX`` holds ``policy`` and ``reward_model``, each a plain Megatron-core checkpoint (model and
-optimizer under Megatron's own keys), and ``run.json``, the run's position. It is written under another name and renamed
-when every rank is done, so a directory with that name is always whole. It may be resumed with another parallel layout,
-except where ``_optimizer_format`` says so.
+``work_dir/checkpoints/step_XXXXXX`` holds ``policy`` and ``reward_model``, each a plain Megatron-core checkpoint (model
+and optimizer under Megatron's own keys), and ``run.json``, the run's position. It is written under another name and
+renamed when every rank is done, so a directory with that name is always whole. It may be resumed with another parallel
+layout, except where ``_optimizer_format`` says so.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class Checkpoints:
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
                 if not (path / key).is_dir():
-                    raise UserError(f"{path}: has no {key}: resume with the config that wrote it, or use a new work_dir")
+                    raise UserError(
+                        f"{path}: has no {key}: resume with the config that wrote it, or use a new work_dir"
+                    )
                 try:
                     template = _sharded_state(model, optimizer, run["optimizer_formats"][key], is_loading=True)
                     state = dist_checkpointing.load(template, str(path / key))
@@ -110,10 +112,10 @@ def _chunk_keys(model: MegatronModel) -> list[str]:
 
 
 def _optimizer_format(optimizer: ModelOptimizer, platform: Platform) -> str:
-    """Megatron's format for the distributed optimizer's state: ``fully_reshardable`` over TP, PP and DP where it is right.
+    """Megatron's format for the distributed optimizer's state: ``fully_reshardable`` where that is right.
 
-    megatron-core 0.16-0.19 cuts that format at wrong places when a bucket before the last one is padded (it happens with
-    small tied models under pipeline parallelism): such state is saved ``dp_reshardable``, for the same TP and PP only.
+    megatron-core 0.16-0.19 cuts that format at wrong places when a bucket before the last one is padded (it happens
+    with small tied models under pipeline parallelism): such state is saved ``dp_reshardable``, for the same TP and PP.
     """
     padded = any(
         bucket.numel_unpadded != bucket.grad_data.numel()

@@ -20,7 +20,7 @@ _CUDA_TYPE_NAMES = {
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
     "torch.HalfTensor": "torch.cuda.HalfTensor",
 }
-_depth = 0
+_entered: list[None] = []  # one entry a level of nesting
 
 
 def _is_cuda(device: Any) -> bool:
@@ -96,25 +96,24 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
     """Enter the adaptation; nested use is free. Raises ``RuntimeError`` where CUDA is available."""
-    global _depth
     if torch.cuda.is_available():
         raise RuntimeError("megatron_on_cpu is for machines without CUDA")
-    if _depth:
-        _depth += 1
+    if _entered:
+        _entered.append(None)
         try:
             yield
         finally:
-            _depth -= 1
+            _entered.pop()
         return
     replaced = _replacements()
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
         setattr(owner, name, value)
-    _depth = 1
+    _entered.append(None)
     try:
         with _CudaMeansCpu():
             yield
     finally:
-        _depth = 0
+        _entered.pop()
         for owner, name, value in saved:
             setattr(owner, name, value)

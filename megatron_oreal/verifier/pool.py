@@ -97,7 +97,13 @@ class VerifierPool:
     @classmethod
     def from_config(cls, config: VerifierConfig, stop_words: Sequence[str] = ()) -> VerifierPool:
         """Start the pool that a ``verifier`` section of the config describes."""
-        return cls(config.num_processes, config.deadline_s, config.thinking_finish_words, stop_words=stop_words)
+        return cls(
+            config.num_processes,
+            config.deadline_s,
+            config.thinking_finish_words,
+            stop_words=stop_words,
+            memory_limit_mb=config.memory_limit_mb,
+        )
 
     def __enter__(self) -> VerifierPool:
         return self

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class Verdict(enum.Enum):
-    """``UNKNOWN`` never becomes ``WRONG``: it is excluded from everything that is learned (algorithm.md, "One step" 2)."""
+    """``UNKNOWN`` never becomes ``WRONG``: nothing is learned from it (algorithm.md, "One step" 2)."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -16,7 +16,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict, why it was given (a short phrase such as ``"truncated"`` or ``"equal"``) and the answer that was read."""
+    """A verdict, why it was given (a short phrase such as ``"truncated"``) and the answer that was read."""
 
     verdict: Verdict
     reason: str
