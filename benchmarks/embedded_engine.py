@@ -14,8 +14,8 @@ at temperature 1 without filters. Two workloads:
 batch size of ``BATCHES`` on the first 16 prompts; its three fastest are then timed ``--repeats`` times on all prompts,
 and the best of them by median is what the engine is compared with. The engine tries every slot count of ``SLOTS`` once;
 the fastest is timed in turn with the others. Tokens are those of the responses, the stop token included, prompts and
-padding not. Rates are by the wall clock and, for a machine that others use too, by the
-process's own CPU time (of all its threads).
+padding not. Rates are by the wall clock and, for a machine that others use too, by the process's own CPU time (of all
+its threads); with more threads than free cores neither means much.
 transformers' own continuous batching (``generate_batch``) refuses to start on a CPU in 5.12 (it finds no memory).
 """
 

@@ -14,16 +14,14 @@ from collections.abc import Sequence
 
 from megatron_oreal import __version__
 from megatron_oreal.config import Config
-from megatron_oreal.config_check import check_config
 from megatron_oreal.config_load import dump_config, load_config
 from megatron_oreal.errors import UserError
 from megatron_oreal.launch import Nodes, launch
-from megatron_oreal.layout.model_spec import load_model_spec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 2 after one line on standard error for a user's mistake."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return arguments.run(arguments)
     except UserError as error:
@@ -33,6 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options; argparse by itself leaves those behind an option over."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.command == "report" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,6 +99,10 @@ def _launch(arguments: argparse.Namespace, config: Config) -> int:
     nodes = Nodes(
         arguments.nproc_per_node, arguments.nnodes, arguments.node_rank, arguments.master_addr, arguments.master_port
     )
+    # Imported here, as below: they bring torch with them.
+    from megatron_oreal.config_check import check_config
+    from megatron_oreal.layout.model_spec import load_model_spec
+
     check_config(config, load_model_spec(config.model.path), nodes.world_size)
     return launch([arguments.command, arguments.config, *arguments.overrides], nodes)
 

@@ -41,7 +41,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"config file {str(path)!r} does not exist")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text: give a YAML file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -56,38 +60,29 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, for example rollout.top_p=0.95")
     try:
-        value = _plain_number(yaml.safe_load(text)) if text else None
+        value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
     *sections, leaf = key.strip().split(".")
     node = tree
-    model: type[BaseModel] | None = Config
+    model: type[BaseModel] = Config
     for depth, section in enumerate(sections):
-        model = _section_type(model, section, ".".join(sections[: depth + 1]))
+        dotted = ".".join(sections[: depth + 1])
+        if section not in model.model_fields:
+            raise UserError(f"unknown key {dotted!r}{nearest(section, model.model_fields)}")
+        child_model = _section_type(model, section)
         child = node.setdefault(section, {})
         if child is None:
             child = node[section] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section")
-        node = child
+        if child_model is None or not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {dotted} is a value, not a section")
+        model, node = child_model, child
     node[leaf] = value
 
 
-def _plain_number(value: Any) -> Any:
-    """YAML 1.1 reads ``5e-7`` as a string; everybody here means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c in value for c in "eE.") and value.strip()[:1] in "+-.0123456789" else value
-        except ValueError:
-            return value
-    return value
-
-
-def _section_type(model: type[BaseModel] | None, section: str, dotted: str) -> type[BaseModel] | None:
-    if model is None or section not in model.model_fields:
-        valid = model.model_fields if model is not None else ()
-        raise UserError(f"unknown key {dotted!r}{nearest(section, valid) if valid else ''}")
-    annotation = model.model_fields[section].annotation
+def _section_type(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The class of a section, None for a key that holds a value."""
+    annotation = model.model_fields[key].annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
@@ -97,17 +92,28 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(location[-1], _fields_of(location[:-1]))}{more}"
+        return f"unknown key {key!r}{nearest(location[-1], _model_at(location[:-1]).model_fields)}{more}"
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        return f"{'.'.join(location[:-1])}={first['input']!r}: too few values{more}"
     if first["type"] == "missing":
+        key = _required_leaf(location)
         return f"{key} is missing: give it in the file or as an override {key}=VALUE{more}"
     message = first["msg"][:1].lower() + first["msg"][1:]
     return f"{key}={first['input']!r}: {message}{more}"
 
 
-def _fields_of(path: list[str]) -> list[str]:
+def _required_leaf(location: list[str]) -> str:
+    """Of a missing section, the first key that must be given; a missing key itself."""
+    section = _section_type(_model_at(location[:-1]), location[-1])
+    if section is not None:
+        location = [*location, next(name for name, field in section.model_fields.items() if field.is_required())]
+    return ".".join(location)
+
+
+def _model_at(location: list[str]) -> type[BaseModel]:
     model: type[BaseModel] = Config
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
-    return list(model.model_fields)
+    for key in location:
+        section = _section_type(model, key)
+        assert section is not None, location
+        model = section
+    return model

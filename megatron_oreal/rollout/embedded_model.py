@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_oreal.layout.model_spec import ModelSpec
+from megatron_oreal.layout import ModelSpec, embedded_layout
 from megatron_oreal.rollout.kv_cache import KvCache, KvPool
 
 _LENGTH_MULTIPLE = 8
@@ -23,26 +23,7 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     The rows of ``qkv_proj`` are all query heads, then all keys, then all values; those of ``gate_up_proj`` the gate's,
     then the up projection's. A tied model has no ``lm_head``.
     """
-    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
-    qkv_size = spec.q_size + 2 * spec.kv_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
-    for i in range(spec.num_layers):
-        prefix = f"model.layers.{i}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "self_attn.qkv_proj.weight"] = (qkv_size, hidden)
-        if spec.qkv_bias:
-            shapes[prefix + "self_attn.qkv_proj.bias"] = (qkv_size,)
-        if spec.qk_norm:
-            shapes[prefix + "self_attn.q_norm.weight"] = (spec.head_dim,)
-            shapes[prefix + "self_attn.k_norm.weight"] = (spec.head_dim,)
-        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, spec.q_size)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[prefix + "mlp.gate_up_proj.weight"] = (2 * ffn, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, ffn)
-    shapes["model.norm.weight"] = (hidden,)
-    if not spec.tied_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
-    return shapes
+    return embedded_layout(spec).shards[0].shapes
 
 
 @dataclass(frozen=True, slots=True)
