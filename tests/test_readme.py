@@ -15,7 +15,9 @@ def load(name: str) -> dict:
 
 
 def test_quickstart_figures_are_those_of_the_result_file() -> None:
-    rows = re.findall(r"^\| (\d+) \| ([\d.]+) → ([\d.]+) \| ([\d.]+) → ([\d.]+) \| ([\d.]+) \| (\d+) s \|$", README, re.M)
+    rows = re.findall(
+        r"^\| (\d+) \| ([\d.]+) → ([\d.]+) \| ([\d.]+) → ([\d.]+) \| ([\d.]+) \| (\d+) s \|$", README, re.M
+    )
     expected = [
         (
             str(row["seed"]),

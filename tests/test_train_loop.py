@@ -60,7 +60,7 @@ def test_supervised_phase_teaches_the_solutions_it_was_given(taught: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32)
     prompt = tokenizer("<|user|>3<|assistant|>\\boxed{", return_tensors="pt", add_special_tokens=False)["input_ids"]
     chances = model(prompt).logits[0, -1].softmax(-1)
-    zero, one = (float(chances[tokenizer.convert_tokens_to_ids(digit)]) for digit in "01")
+    zero, one = (chances[tokenizer.convert_tokens_to_ids(digit)].item() for digit in "01")
     assert zero + one > 0.95
     assert min(zero, one) > 0.2
 
@@ -120,7 +120,9 @@ def test_saved_trajectories_are_what_the_metrics_speak_of(trained: tuple[Path, s
         assert len(verdicts) == 16
         assert verdicts.count(Verdict.CORRECT) / 16 == record[names.PASS_RATE]
         assert sum(len(t.response_ids) for _, t in drawn) == record[names.TOKENS_GENERATED]
-        assert all(("\\boxed{1}" in t.text) == (t.judgement.verdict is Verdict.CORRECT) for _, t in drawn if t.judgement)
+        assert all(
+            ("\\boxed{1}" in t.text) == (t.judgement.verdict is Verdict.CORRECT) for _, t in drawn if t.judgement
+        )
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["before-the-first-policy-update", "after-it"])
@@ -196,6 +198,7 @@ def test_a_response_that_fills_the_context_is_wrong_and_a_run_that_keeps_no_grou
     assert_same_bits(tmp_path / "run" / "hf", taught)
 
 
+@pytest.mark.slow
 def test_fewer_kept_sequences_than_ranks_give_the_step_of_one_rank(taught: Path, tmp_path: Path) -> None:
     """One prompt: two of three ranks draw nothing, and one of them has no sequence to train on."""
     config = tiny.write_run(tmp_path, taught)

@@ -107,19 +107,30 @@ def write_run(folder: Path, model: Path, *, gold_answer: str = "1") -> Path:
     return path
 
 
-def cli(*arguments: object, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     """``python -m megatron_oreal ARGUMENTS`` without a GPU, as a user starts it."""
+    return _run([sys.executable, "-m", "megatron_oreal", *map(str, arguments)])
+
+
+def torchrun(nproc_per_node: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same under ``torchrun``."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
+    return _run([*start, "-m", "megatron_oreal", *map(str, arguments)])
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in drop}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "megatron_oreal", *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
 def succeed(*arguments: object) -> str:
     """Run the command line and return its standard output; fails with its whole output when it does."""
     done = cli(*arguments)
-    assert done.returncode == 0, f"{arguments} exited with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    assert done.returncode == 0, (
+        f"{arguments} exited with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    )
     return done.stdout
 
 

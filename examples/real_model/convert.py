@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+END = "<|im_end|>"
 # SmolLM2-Instruct's format: ChatML, with the system message that the model was tuned with. Used when the GGUF has none.
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -37,6 +38,7 @@ def convert(gguf: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML
+    tokenizer.eos_token = tokenizer.pad_token = END  # transformers reads the wrong token from the file
     loaded = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.float32)
     config = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if not key.startswith(("quant", "_"))}

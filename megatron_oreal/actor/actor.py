@@ -39,30 +39,51 @@ from megatron_oreal.platform import Platform
 
 @dataclass
 class TokenSums:
-    """What one rank adds to the step's statistics; summed over the ranks that speak (``ParallelGrid.speaks``)."""
+    """What one rank adds to the step's statistics; summed over the ranks that speak (``ParallelGrid.speaks``).
 
-    values: dict[str, float] = field(default_factory=dict)
-    logp_diffs: list[np.ndarray] = field(default_factory=list)
+    Values stay on the device until ``over_world``: adding one must not make the host wait in the middle of a pipeline.
+    """
 
-    def add(self, name: str, value: Tensor | float) -> None:
-        """Add to a sum."""
-        self.values[name] = self.values.get(name, 0.0) + float(value)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    logps: list[tuple[Tensor, np.ndarray]] = field(default_factory=list)
 
-    def over_world(self, grid: ParallelGrid, platform: Platform) -> TokenSums:
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a 0-d tensor to a sum."""
+        self.values[name] = self.values[name] + value.detach() if name in self.values else value.detach()
+
+    def compare(self, logp: Tensor, engine_logp: np.ndarray) -> None:
+        """Keep the trainer's and the engine's log-probabilities of the same tokens, both [n]."""
+        self.logps.append((logp, engine_logp))
+
+    def over_world(self, grid: ParallelGrid, platform: Platform) -> StepSums:
         """The sums over all data-parallel replicas, the same on every rank (added in rank order)."""
-        total = TokenSums()
-        for other in platform.gather_objects(self if grid.speaks else TokenSums()):
-            for name, value in other.values.items():
-                total.add(name, value)
-            total.logp_diffs += other.logp_diffs
-        return total
+        mine: dict[str, float] = {}
+        diffs: list[np.ndarray] = []
+        if grid.speaks:
+            mine = {name: float(value) for name, value in self.values.items()}
+            diffs = [np.abs(logp.float().cpu().numpy() - engine) for logp, engine in self.logps]
+        total: dict[str, float] = {}
+        every: list[np.ndarray] = []
+        for values, arrays in platform.gather_objects((mine, diffs)):
+            for name, value in values.items():
+                total[name] = total.get(name, 0.0) + value
+            every += arrays
+        return StepSums(total, every)
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over the global batch by name; ``logp_diffs``: |trainer - engine| of log-probabilities, arrays of [n]."""
+
+    values: dict[str, float]
+    logp_diffs: list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class UpdateResult:
     """``counts``: the normalisers. A gradient norm is None, and a rate 0, of a model that did not learn in the step."""
 
-    sums: TokenSums
+    sums: StepSums
     counts: Normalisers
     balance: float
     policy_grad_norm: float | None
@@ -241,7 +262,7 @@ class Actor:
         def head(index: int, scores: Tensor) -> tuple[Tensor, Tensor]:
             microbatch = batch.microbatches[index]
             loss = reward_model_loss(scores, microbatch.device.response_lengths, microbatch.rewards, counts.sequences)
-            sums.add("reward_model", loss.total.detach())
+            sums.add("reward_model", loss.total)
             sums.add("reward_model_correct", loss.num_correct)
             return loss.total, scores.detach()
 
@@ -320,7 +341,7 @@ class Actor:
         drawn = [sequence.engine_logp for sequence in microbatch.sequences]
         if drawn and all(logp is not None for logp in drawn):
             engine = np.concatenate([logp for logp in drawn if logp is not None])
-            sums.logp_diffs.append(np.abs(loss.logp.float().cpu().numpy() - engine))
+            sums.compare(loss.logp, engine)
         return loss.total
 
     # Supervised phase
@@ -346,7 +367,7 @@ class Actor:
             )
             vocabulary = self._vocabulary() | {"temperature": 1.0}
             loss = policy_loss(logits, microbatch.device.labels, coefficients, **vocabulary)
-            sums.add("loss", loss.total.detach())
+            sums.add("loss", loss.total)
             return loss.total, None
 
         self.policy_optimizer.zero_grad()

@@ -1,0 +1,203 @@
+"""The command line as users start it: a mistake is one line that names its mend and exit status 2, nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from megatron_oreal import __version__
+from megatron_oreal.config_load import load_config, parse_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> Path:
+    return tiny.write_run(tmp_path, model)
+
+
+def refused(*arguments: object) -> str:
+    """The one line on standard error with which the command line refuses ``arguments``, without ``error: ``."""
+    return the_one_line(tiny.cli(*arguments))
+
+
+def the_one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+# What is printed without a run
+
+
+def test_version_is_the_packages() -> None:
+    assert tiny.succeed("--version") == f"megatron-oreal {__version__}\n"
+
+
+def test_print_config_shows_the_effective_tree_and_starts_nothing(config: Path, tmp_path: Path) -> None:
+    said = tiny.succeed("train", config, "optimizer.actor_lr=5e-7", "--print-config", "rollout.top_k=3")
+    shown = parse_config(yaml.safe_load(said))
+    assert shown == load_config(config, ["optimizer.actor_lr=5e-7", "rollout.top_k=3"])
+    assert (shown.optimizer.actor_lr, shown.rollout.top_k) == (5e-7, 3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_may_stand_before_and_after_options(config: Path) -> None:
+    orders = [
+        ["train", config, "seed=3", "--print-config", "total_steps=7"],
+        ["train", config, "--print-config", "seed=3", "total_steps=7"],
+        ["train", "--print-config", config, "seed=3", "total_steps=7"],
+    ]
+    said = [tiny.succeed(*order) for order in orders]
+    assert yaml.safe_load(said[0])["seed"] == 3
+    assert yaml.safe_load(said[0])["total_steps"] == 7
+    assert said[0] == said[1] == said[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "COMMAND"),
+        (["trian"], "trian"),
+        (["train"], "config"),
+        (["train", "c.yaml", "--nproc", "x"], "--nproc"),
+        (["train", "c.yaml", "--no-such-option"], "--no-such-option"),
+        (["report", "w", "extra"], "extra"),
+    ],
+)
+def test_a_wrong_command_line_shows_its_usage(arguments: list[str], named: str) -> None:
+    done = tiny.cli(*arguments)
+    assert done.returncode == 2
+    usage, *_, line = done.stderr.splitlines()
+    assert usage.startswith("usage: megatron-oreal")
+    assert named in line
+    assert "Traceback" not in done.stderr
+
+
+# Mistakes that are found before anything heavy is imported
+
+
+@pytest.mark.parametrize("nproc", [[], ["--nproc-per-node", 2]], ids=["alone", "launched"])
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rollout.topp=0.9", ["unknown key 'rollout.topp'", "did you mean 'top_p'"]),
+        ("rollout.top_p=1.5", ["rollout.top_p=1.5", "less than or equal to 1"]),
+        ("rollout.top_p", ["'rollout.top_p'", "key=value"]),
+    ],
+)
+def test_a_mistake_in_an_override(config: Path, nproc: list[object], override: str, parts: list[str]) -> None:
+    line = refused("train", config, *nproc, override)
+    assert [part for part in parts if part not in line] == [], line
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "eval"])
+def test_a_missing_config_file(tmp_path: Path, command: str) -> None:
+    assert refused(command, tmp_path / "nowhere.yaml") == f"config file '{tmp_path / 'nowhere.yaml'}' does not exist"
+
+
+def test_malformed_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("seed: 1\nmodel: {path: m\n")
+    assert refused("train", path).startswith(f"{path}:3: not valid YAML")
+
+
+@pytest.mark.parametrize("nproc", [0, -1])
+def test_a_number_of_ranks_that_cannot_be(config: Path, nproc: int) -> None:
+    line = refused("train", config, f"--nproc-per-node={nproc}")
+    assert f"--nproc-per-node={nproc}" in line and "1 or more" in line
+
+
+def test_a_node_that_is_not_among_the_nodes(config: Path) -> None:
+    line = refused("train", config, "--nproc-per-node=1", "--nnodes=2", "--node-rank=2")
+    assert "--node-rank=2" in line and "--nnodes=2" in line
+
+
+def test_report_of_a_directory_without_a_run(tmp_path: Path) -> None:
+    assert f"{tmp_path / 'metrics.jsonl'}: no such file" in refused("report", tmp_path)
+
+
+# Mistakes that are found with the data and the model's shape, before a model is built
+
+
+def malformed_line(folder: Path) -> list[str]:
+    path = folder / "bad.jsonl"
+    path.write_text('{"question": "1", "gold_answer": "1"}\n{"question": "2", \n')
+    return [f"data.train={path}"]
+
+
+def empty_data(folder: Path) -> list[str]:
+    path = folder / "empty.jsonl"
+    path.write_text("\n")
+    return [f"data.train={path}"]
+
+
+INPUTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
+    "malformed JSON": (malformed_line, ["bad.jsonl line 2: malformed JSON"]),
+    "no prompts": (empty_data, ["empty.jsonl: the data set has no prompts"]),
+    "missing data": (lambda folder: [f"data.train={folder / 'gone.jsonl'}"], ["gone.jsonl: no such file"]),
+    "missing held-out": (lambda folder: [f"evaluation.data={folder / 'gone.jsonl'}"], ["gone.jsonl: no such file"]),
+    "missing model": (lambda folder: [f"model.path={folder / 'gone'}"], ["gone' has no config.json"]),
+    "missing reference": (lambda folder: [f"model.reference_path={folder / 'gone'}"], ["gone' has no config.json"]),
+    "stop word of two tokens": (
+        lambda _: ["model.stop_word=12"],
+        ["model.stop_word='12' must be one token", "makes 2 of it: ['1', '2']", "'<|end|>'"],
+    ),
+    "unknown template": (lambda _: ["model.chat_template=orael"], ["model.chat_template='orael'", "'oreal'"]),
+    "one rank too few": (
+        lambda _: ["parallel.tensor_model_parallel_size=2"],
+        ["parallel.tensor_model_parallel_size=2", "does not divide the world size 1", "multiple of 2 ranks"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_a_mistake_in_the_input_of_one_process(config: Path, tmp_path: Path, case: str) -> None:
+    make, parts = INPUTS[case]
+    line = refused("train", config, *make(tmp_path))
+    assert [part for part in parts if part not in line] == [], line
+    assert not (tmp_path / "run").exists(), "something was written before the input was checked"
+
+
+@pytest.mark.parametrize("case", ["malformed JSON", "stop word of two tokens"])
+def test_a_mistake_in_the_input_of_launched_ranks_is_said_once(config: Path, tmp_path: Path, case: str) -> None:
+    make, parts = INPUTS[case]
+    line = refused("train", config, "--nproc-per-node", 2, *make(tmp_path))
+    assert [part for part in parts if part not in line] == [], line
+
+
+def test_a_mistake_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> None:
+    """torchrun reports its failed ranks itself; ours must be one line among it."""
+    done = tiny.torchrun(2, "train", config, f"data.train={tmp_path / 'gone.jsonl'}")
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1
+    assert "gone.jsonl: no such file" in ours[0]
+
+
+def test_tensor_parallelism_that_does_not_divide_the_heads_starts_no_rank(tmp_path: Path) -> None:
+    config = tiny.write_run(tmp_path, tiny.write_model(tmp_path / "model", heads=2, kv_heads=1))
+    line = refused("train", config, "parallel.tensor_model_parallel_size=4", "--nproc-per-node", 4)
+    assert line.startswith("parallel.tensor_model_parallel_size=4 does not divide the model's 2 attention heads")
+    assert "(use one of 1, 2)" in line
+
+
+@pytest.mark.parametrize(("command", "key"), [("sft", "sft.data"), ("eval", "evaluation.data")])
+def test_a_phase_without_its_data(config: Path, command: str, key: str) -> None:
+    assert refused(command, config).startswith(f"{key} is missing: ")
+
+
+def test_a_work_dir_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = refused("train", config, f"work_dir={tmp_path / 'file' / 'run'}")
+    assert line.startswith("work_dir: cannot write") and "Not a directory" in line

@@ -1,0 +1,178 @@
+"""The CPU adaptation of Megatron-core leaves no trace, and the ranks refuse a mistake together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dist import run_ranks
+from megatron.core.tensor_parallel import random as megatron_random
+
+from megatron_oreal import platform as platforms
+from megatron_oreal.errors import UserError
+from megatron_oreal.platform.megatron_cpu import megatron_on_cpu
+
+REPLACED: list[tuple[Any, str]] = [
+    (torch.cuda, "current_device"),
+    (torch.cuda, "synchronize"),
+    (torch.cuda, "empty_cache"),
+    (torch.cuda, "get_rng_state"),
+    (torch.cuda, "set_rng_state"),
+    (megatron_random, "_CUDA_RNG_STATE_TRACKER"),
+    (megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED"),
+    (megatron_random, "_get_cuda_rng_state"),
+    (megatron_random, "_set_cuda_rng_state"),
+]
+
+
+def world_of(owner: Any) -> dict[str, Any]:
+    return dict(vars(owner))
+
+
+def is_adapted() -> bool:
+    """True while a request for CUDA is answered by the CPU."""
+    try:
+        return torch.empty(1, device="cuda").device.type == "cpu"
+    except (AssertionError, RuntimeError):  # what torch says without CUDA
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _without_cuda() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the adaptation is for machines without CUDA")
+
+
+def test_everything_is_put_back_when_the_scope_ends() -> None:
+    before = {owner.__name__: world_of(owner) for owner, _ in REPLACED}
+    assert not is_adapted()
+    with megatron_on_cpu():
+        assert is_adapted()
+        changed = [name for owner, name in REPLACED if getattr(owner, name) is not before[owner.__name__][name]]
+        assert changed == [name for _, name in REPLACED]
+    assert not is_adapted()
+    for owner in (torch.cuda, megatron_random):
+        after = world_of(owner)
+        assert [name for name, value in before[owner.__name__].items() if after.get(name) is not value] == []
+    assert torch.empty(1).type() == "torch.FloatTensor"
+
+
+def test_everything_is_put_back_after_an_exception() -> None:
+    before = [getattr(owner, name) for owner, name in REPLACED]
+    with pytest.raises(KeyError, match="inside"), megatron_on_cpu():
+        raise KeyError("inside")
+    assert all(getattr(owner, name) is value for (owner, name), value in zip(REPLACED, before, strict=True))
+    assert not is_adapted()
+
+
+def test_a_nested_scope_ends_nothing_of_the_outer_one() -> None:
+    before = [getattr(owner, name) for owner, name in REPLACED]
+    with megatron_on_cpu():
+        with pytest.raises(KeyError, match="inside"), megatron_on_cpu():
+            raise KeyError("inside")
+        assert is_adapted()
+        with megatron_on_cpu():
+            assert is_adapted()
+        assert torch.cuda.current_device() == torch.device("cpu")
+    assert not is_adapted()
+    assert all(getattr(owner, name) is value for (owner, name), value in zip(REPLACED, before, strict=True))
+
+
+def test_the_scope_can_be_entered_again() -> None:
+    for _ in range(2):
+        with megatron_on_cpu():
+            assert is_adapted()
+        assert not is_adapted()
+
+
+def test_requests_for_cuda_are_answered_by_the_cpu() -> None:
+    source = torch.arange(3.0)
+    with megatron_on_cpu():
+        made = [
+            torch.zeros(2, device="cuda"),
+            torch.ones(2, device="cuda:1"),
+            torch.empty(2, device=torch.device("cuda", 3)),
+            torch.tensor([1], device=torch.cuda.current_device()),
+            torch.empty(2, pin_memory=True),
+            source.to("cuda"),
+            source.to(device="cuda"),
+            source.to(torch.device("cuda"), torch.float64),
+            source.cuda(),
+            source.new_zeros(2, device="cuda"),
+        ]
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    assert {tensor.device.type for tensor in made} == {"cpu"}
+    assert made[7].dtype == torch.float64
+    assert made[5].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_tensor_says_the_cuda_name_of_its_type_and_still_converts() -> None:
+    with megatron_on_cpu():
+        assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+        assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+        assert torch.zeros(1, dtype=torch.int64).type() == "torch.LongTensor"
+        assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_megatrons_random_number_tracker_forks_without_cuda() -> None:
+    with megatron_on_cpu():
+        tracker = megatron_random.get_cuda_rng_tracker()
+        torch.manual_seed(0)
+        with tracker.fork():
+            forked = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(forked, torch.rand(3))
+
+
+def test_where_cuda_is_available_it_refuses_and_replaces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [getattr(owner, name) for owner, name in REPLACED]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="machines without CUDA"), megatron_on_cpu():
+        pytest.fail("entered")
+    assert all(getattr(owner, name) is value for (owner, name), value in zip(REPLACED, before, strict=True))
+
+
+def test_cuda_is_refused_where_there_is_none() -> None:
+    assert platforms.choose_device("auto") == platforms.choose_device("cpu") == "cpu"
+    with pytest.raises(UserError, match=r"device=cuda: .*set device=cpu"):
+        platforms.choose_device("cuda")
+
+
+# Ranks
+
+
+def fail_on(ranks: list[int]) -> dict[str, Any]:
+    platform = platforms.init_distributed("cpu", 60)
+
+    def work() -> str:
+        if platform.rank in ranks:
+            raise UserError(f"rank {platform.rank} misses its file")
+        return "done"
+
+    answer: dict[str, Any] = {}
+    try:
+        answer["result"] = platform.fail_together(work)
+    except UserError as error:
+        answer["error"] = str(error)
+    # The group must still be usable: nobody was left behind in a collective.
+    answer["ranks"] = platform.gather_objects(platform.rank)
+    answer["from rank 1"] = platform.broadcast_object(f"of {platform.rank}", source=1)
+    platforms.shutdown_distributed()
+    return answer
+
+
+def fail_in_all_ways() -> list[dict[str, Any]]:
+    return [fail_on(ranks) for ranks in ([], [1], [0, 1])]
+
+
+def test_all_ranks_raise_the_first_mistake_that_any_of_them_sees() -> None:
+    zero, one = run_ranks("test_platform:fail_in_all_ways", 2)
+    for answers in (zero, one):
+        nobody, second, both = answers
+        assert nobody["result"] == "done"
+        assert second["error"] == "rank 1 misses its file"
+        assert both["error"] == "rank 0 misses its file"
+        assert all(answer["ranks"] == [0, 1] and answer["from rank 1"] == "of 1" for answer in answers)
