@@ -80,7 +80,7 @@ def main() -> None:
                 arguments.picture.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(picture, arguments.picture)
             result = {
-                "what": "examples/quickstart.sh: held-out pass@1 on 200 three-digit additions, before and after 60 steps",
+                "what": "examples/quickstart.sh: pass@1 on 200 held-out additions, before and after 60 steps",
                 "hardware": processor(),
                 "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
                 "rows": rows,

@@ -177,7 +177,7 @@ def three_steps(path: Path, work_dir: Path, parallel: dict[str, Any], count: int
 def first_step_exactness(path: Path, work_dir: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     """Policy against reference before any update, and the embedded engine against the actor."""
     config = make_config(path, work_dir, parallel)
-    platform, _, actor = start(config)
+    _, _, actor = start(config)
     assert actor.reference is not None
     engine = EmbeddedEngine(actor.spec, dtype=torch.float32, max_running_requests=4, max_length=128)
     actor.publish(embedded_layout(actor.spec), dict(engine.weight_buffers()))

@@ -54,6 +54,7 @@ LAYOUTS = {
     "DP2": (2, TP1),
     "DP2-no-distributed-optimizer": (2, {"use_distributed_optimizer": False}),
     "TP2-PP2-SP": (4, SP2 | PP2),
+    "TP4-above-the-KV-heads": (4, {"tensor_model_parallel_size": 4}),
     "one-micro-batch": (1, {"max_tokens_per_microbatch": 4096}),
     "recompute": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
 }

@@ -144,9 +144,14 @@ def test_cuda_is_refused_where_there_is_none() -> None:
 # Ranks
 
 
-def fail_on(ranks: list[int]) -> dict[str, Any]:
+def fail_in_all_ways() -> list[dict[str, Any]]:
     platform = platforms.init_distributed("cpu", 60)
+    answers = [_fail_on(ranks, platform) for ranks in ([], [1], [0, 1])]
+    platforms.shutdown_distributed()
+    return answers
 
+
+def _fail_on(ranks: list[int], platform: platforms.Platform) -> dict[str, Any]:
     def work() -> str:
         if platform.rank in ranks:
             raise UserError(f"rank {platform.rank} misses its file")
@@ -160,12 +165,7 @@ def fail_on(ranks: list[int]) -> dict[str, Any]:
     # The group must still be usable: nobody was left behind in a collective.
     answer["ranks"] = platform.gather_objects(platform.rank)
     answer["from rank 1"] = platform.broadcast_object(f"of {platform.rank}", source=1)
-    platforms.shutdown_distributed()
     return answer
-
-
-def fail_in_all_ways() -> list[dict[str, Any]]:
-    return [fail_on(ranks) for ranks in ([], [1], [0, 1])]
 
 
 def test_all_ranks_raise_the_first_mistake_that_any_of_them_sees() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_oreal.actor.actor import TokenSums, UpdateResult
+from megatron_oreal.actor.actor import StepSums, UpdateResult
 from megatron_oreal.algorithm import Normalisers, rewards_from_verdicts, select
 from megatron_oreal.data.types import Trajectory
 from megatron_oreal.step_metrics import rollout_metrics, throughput_metrics, update_metrics
@@ -31,9 +31,8 @@ COUNTS = Normalisers(positive_tokens=12, negative_tokens=28, tokens=40, sequence
 def result(
     *, policy: float | None = 2.0, reward_model: float | None = 3.0, counts: Normalisers = COUNTS, diffs: bool = True
 ) -> UpdateResult:
-    sums = TokenSums(dict(SUMS))
-    if diffs:
-        sums.logp_diffs = [np.full(990, 0.25, np.float32), np.full(10, 1.0, np.float32)]
+    drawn = [np.full(990, 0.25, np.float32), np.full(10, 1.0, np.float32)] if diffs else []
+    sums = StepSums(dict(SUMS), drawn)
     rates = (0.0 if policy is None else 1e-4, 0.0 if reward_model is None else 2e-4)
     return UpdateResult(sums, counts, 1.5, policy, rates[0], reward_model, rates[1])
 

@@ -59,12 +59,15 @@ class RolloutSampler:
                 )
                 tokens += len(completion.token_ids)
                 bar.update(1, extra=f"{tokens / (time.perf_counter() - began):.0f} tok/s")
+                for key, judgement in self.verifier.drain():
+                    self._judge(trajectories, key, judgement)
 
             self.engine.generate(requests, sampling, take)
-        with progress("verify", total=len(requests), unit="responses on rank 0", enabled=shown) as bar:
-            for key, judgement in self.verifier.results():
-                self._judge(trajectories, key, judgement)
-                bar.update(1)
+        if left := len(self.verifier):  # what was not verified while others still generated
+            with progress("verify", total=left, unit="responses on rank 0", enabled=shown) as bar:
+                for key, judgement in self.verifier.results():
+                    self._judge(trajectories, key, judgement)
+                    bar.update(1)
         gathered = [trajectory for part in self.platform.gather_objects(trajectories) for trajectory in part.items()]
         return [trajectory for _, trajectory in sorted(gathered)]
 
