@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -18,6 +19,9 @@ from megatron_oreal.config_load import dump_config, load_config
 from megatron_oreal.errors import UserError
 from megatron_oreal.launch import Nodes, launch
 
+# Between a rank's last line and the end of its process lie seconds on a busy machine.
+_FIRST_RANK_SPEAKS_S = 30.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 2 after one line on standard error for a user's mistake."""
@@ -25,12 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except UserError as error:
-        # Under torchrun every rank comes here with the same message; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _refuse(error: UserError) -> int:
+    """Say the mistake once a node. Nearly always all ranks see it, and the launcher ends them when one has exited.
+
+    So the others let the first rank of their node speak and exit; what that one has not seen is said after a while.
+    """
+    who = ""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_FIRST_RANK_SPEAKS_S)
+        who = f"rank {os.environ.get('RANK')}: "
+    print(f"error: {who}{error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -99,6 +113,13 @@ def _launch(arguments: argparse.Namespace, config: Config) -> int:
     nodes = Nodes(
         arguments.nproc_per_node, arguments.nnodes, arguments.node_rank, arguments.master_addr, arguments.master_port
     )
+    for option, value in (("--nproc-per-node", nodes.nproc_per_node), ("--nnodes", nodes.nnodes)):
+        if value < 1:
+            raise UserError(f"{option}={value}: must be 1 or more")
+    if not 0 <= nodes.node_rank < nodes.nnodes:
+        raise UserError(
+            f"--node-rank={nodes.node_rank} is not one of the --nnodes={nodes.nnodes} nodes, which count from 0"
+        )
     # Imported here, as below: they bring torch with them.
     from megatron_oreal.config_check import check_config
     from megatron_oreal.layout.model_spec import load_model_spec

@@ -11,7 +11,12 @@ import tiny
 import yaml
 
 from megatron_oreal import __version__
+from megatron_oreal import cli as command_line
 from megatron_oreal.config_load import load_config, parse_config
+from megatron_oreal.errors import UserError
+from megatron_oreal.evaluate import evaluate_model
+from megatron_oreal.run import open_run
+from megatron_oreal.sft import supervise
 
 
 @pytest.fixture(scope="module")
@@ -146,23 +151,15 @@ def empty_data(folder: Path) -> list[str]:
 INPUTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "malformed JSON": (malformed_line, ["bad.jsonl line 2: malformed JSON"]),
     "no prompts": (empty_data, ["empty.jsonl: the data set has no prompts"]),
-    "missing data": (lambda folder: [f"data.train={folder / 'gone.jsonl'}"], ["gone.jsonl: no such file"]),
-    "missing held-out": (lambda folder: [f"evaluation.data={folder / 'gone.jsonl'}"], ["gone.jsonl: no such file"]),
     "missing model": (lambda folder: [f"model.path={folder / 'gone'}"], ["gone' has no config.json"]),
-    "missing reference": (lambda folder: [f"model.reference_path={folder / 'gone'}"], ["gone' has no config.json"]),
     "stop word of two tokens": (
-        lambda _: ["model.stop_word=12"],
+        lambda _: ["model.stop_word='12'"],
         ["model.stop_word='12' must be one token", "makes 2 of it: ['1', '2']", "'<|end|>'"],
-    ),
-    "unknown template": (lambda _: ["model.chat_template=orael"], ["model.chat_template='orael'", "'oreal'"]),
-    "one rank too few": (
-        lambda _: ["parallel.tensor_model_parallel_size=2"],
-        ["parallel.tensor_model_parallel_size=2", "does not divide the world size 1", "multiple of 2 ranks"],
     ),
 }
 
 
-@pytest.mark.parametrize("case", INPUTS)
+@pytest.mark.parametrize("case", ["no prompts", "missing model", "stop word of two tokens"])
 def test_a_mistake_in_the_input_of_one_process(config: Path, tmp_path: Path, case: str) -> None:
     make, parts = INPUTS[case]
     line = refused("train", config, *make(tmp_path))
@@ -185,6 +182,36 @@ def test_a_mistake_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> 
     assert "gone.jsonl: no such file" in ours[0]
 
 
+def test_a_mistake_that_only_a_later_rank_sees_is_said_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command_line, "_FIRST_RANK_SPEAKS_S", 0.01)
+    for name, value in (("RANK", "9"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    assert command_line.main(["train", str(tmp_path / "nowhere.yaml")]) == 2
+    assert capsys.readouterr().err == f"error: rank 9: config file '{tmp_path / 'nowhere.yaml'}' does not exist\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.train=gone.jsonl", ["gone.jsonl: no such file"]),
+        ("evaluation.data=gone.jsonl", ["gone.jsonl: no such file"]),
+        (
+            "parallel.tensor_model_parallel_size=2",
+            ["parallel.tensor_model_parallel_size=2", "the world size 1", "multiple of 2 ranks"],
+        ),
+        ("model.reference_path=gone", ["'gone' has no config.json"]),
+        ("model.chat_template=orael", ["model.chat_template='orael'", "did you mean 'oreal'"]),
+        ("data.max_prompt_tokens=2", ["data.max_prompt_tokens=2: all 10 prompts are longer"]),
+    ],
+)
+def test_other_inputs_are_checked_before_a_model_is_built(config: Path, override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught, open_run(load_config(config, [override])):
+        pytest.fail("the run was opened")
+    assert [part for part in parts if part not in str(caught.value)] == [], caught.value
+
+
 def test_tensor_parallelism_that_does_not_divide_the_heads_starts_no_rank(tmp_path: Path) -> None:
     config = tiny.write_run(tmp_path, tiny.write_model(tmp_path / "model", heads=2, kv_heads=1))
     line = refused("train", config, "parallel.tensor_model_parallel_size=4", "--nproc-per-node", 4)
@@ -192,9 +219,13 @@ def test_tensor_parallelism_that_does_not_divide_the_heads_starts_no_rank(tmp_pa
     assert "(use one of 1, 2)" in line
 
 
-@pytest.mark.parametrize(("command", "key"), [("sft", "sft.data"), ("eval", "evaluation.data")])
-def test_a_phase_without_its_data(config: Path, command: str, key: str) -> None:
-    assert refused(command, config).startswith(f"{key} is missing: ")
+def test_a_phase_without_its_data(config: Path) -> None:
+    with pytest.raises(UserError, match=r"sft\.data is missing: "):
+        supervise(load_config(config))
+    with pytest.raises(UserError, match=r"sft\.output is missing: "):
+        supervise(load_config(config, ["sft.data=solutions.jsonl"]))
+    with pytest.raises(UserError, match=r"evaluation\.data is missing: "):
+        evaluate_model(load_config(config))
 
 
 def test_a_work_dir_that_cannot_be_written(config: Path, tmp_path: Path) -> None:

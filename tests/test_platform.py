@@ -144,32 +144,8 @@ def test_cuda_is_refused_where_there_is_none() -> None:
 # Ranks
 
 
-def fail_in_all_ways() -> list[dict[str, Any]]:
-    platform = platforms.init_distributed("cpu", 60)
-    answers = [_fail_on(ranks, platform) for ranks in ([], [1], [0, 1])]
-    platforms.shutdown_distributed()
-    return answers
-
-
-def _fail_on(ranks: list[int], platform: platforms.Platform) -> dict[str, Any]:
-    def work() -> str:
-        if platform.rank in ranks:
-            raise UserError(f"rank {platform.rank} misses its file")
-        return "done"
-
-    answer: dict[str, Any] = {}
-    try:
-        answer["result"] = platform.fail_together(work)
-    except UserError as error:
-        answer["error"] = str(error)
-    # The group must still be usable: nobody was left behind in a collective.
-    answer["ranks"] = platform.gather_objects(platform.rank)
-    answer["from rank 1"] = platform.broadcast_object(f"of {platform.rank}", source=1)
-    return answer
-
-
 def test_all_ranks_raise_the_first_mistake_that_any_of_them_sees() -> None:
-    zero, one = run_ranks("test_platform:fail_in_all_ways", 2)
+    zero, one = run_ranks("platform_cases:fail_in_all_ways", 2)
     for answers in (zero, one):
         nobody, second, both = answers
         assert nobody["result"] == "done"

@@ -74,16 +74,33 @@ class _NoRandomStates:
         yield
 
 
+class _NoStream:
+    """Stands in for a CUDA stream: on a CPU everything has happened when a call returns."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
 def _replacements() -> list[tuple[Any, str, Any]]:
     from megatron.core.tensor_parallel import random as megatron_random
 
     cpu = torch.device("cpu")
     tracker = _NoRandomStates()
+    stream = _NoStream()
     nothing = torch.empty(0, dtype=torch.uint8)
     return [
         (torch.cuda, "current_device", lambda: cpu),
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "empty_cache", lambda: None),
+        (torch.cuda, "current_stream", lambda *_: stream),
+        (torch.cuda, "default_stream", lambda *_: stream),
+        (torch.cuda, "stream", lambda *_: contextlib.nullcontext()),
         (torch.cuda, "get_rng_state", lambda *_: nothing),
         (torch.cuda, "set_rng_state", lambda *_: None),
         (megatron_random, "_CUDA_RNG_STATE_TRACKER", tracker),
