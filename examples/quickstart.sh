@@ -46,6 +46,7 @@ paths=(
     "sft.output=$work/sft"
 )
 
+export CUDA_VISIBLE_DEVICES="" # this example is for a CPU, also on a machine with GPUs
 began=$SECONDS
 [[ -f $work/data/train.jsonl ]] || "$python" "$root/examples/quickstart/prepare.py" "$work/data" --seed "$seed"
 [[ -d $work/sft ]] || "${oreal[@]}" sft "$config" "${paths[@]}" "model.path=$work/data/model" "${ranks[@]}"

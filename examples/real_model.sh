@@ -45,6 +45,7 @@ work=$(cd "$work" && pwd)
 
 config=$root/examples/configs/real_model.yaml
 example=$root/examples/real_model
+export CUDA_VISIBLE_DEVICES="" # this example is for a CPU, also on a machine with GPUs
 began=$SECONDS
 if [[ ! -f $work/model/config.json ]]; then
     # Only the file in it is wanted: its dependencies are a whole chat program with a C++ build.

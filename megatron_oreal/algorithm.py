@@ -33,6 +33,7 @@ class Stream(enum.IntEnum):
     PAIR = 1
     REQUEST = 2
     PROMPT_ORDER = 3
+    SUPERVISED = 4
 
 
 _MASK64 = (1 << 64) - 1
@@ -62,8 +63,9 @@ def mix_seed(*words: int) -> int:
 def request_seed(run_seed: int, step: int, group: int, sample: int) -> int:
     """Return the seed, in [0, 2^63), of one response of a step.
 
-    It depends on what is sampled and not on where or when, so a response is the same whichever rank or engine draws it,
-    in whatever batch, before or after a resume. 63 bits because engines keep seeds in a signed 64-bit integer.
+    It depends on what is sampled and not on where or when: whichever rank or engine draws a response, in whatever
+    batch, before or after a resume, it draws with the same random numbers (another batch shape may still round a logit
+    differently, and rarely that flips a token). 63 bits because engines keep seeds in a signed 64-bit integer.
     """
     return mix_seed(Stream.REQUEST, run_seed, step, group, sample) >> 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_oreal.config import Config
 from megatron_oreal.errors import UserError
@@ -19,6 +20,7 @@ def _contradictions(config: Config, spec: ModelSpec, world_size: int) -> Iterato
     yield from _parallel(config, spec, world_size)
     yield from _lengths(config, spec)
     yield from _algorithm(config)
+    yield from _paths(config)
 
 
 def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
@@ -35,6 +37,8 @@ def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]
         yield f"{name}={tp} does not divide the model's {spec.num_heads} attention heads{_divisors(spec.num_heads)}"
     if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
         yield f"{name}={tp} is neither a divisor nor a multiple of the model's {spec.num_kv_heads} key-value heads"
+    if (spec.q_size + 2 * spec.kv_size) % tp:
+        yield f"{name}={tp} does not divide the {spec.q_size + 2 * spec.kv_size} rows of query, key and value: lower it"
     if spec.ffn_hidden_size % tp:
         yield f"{name}={tp} does not divide the model's intermediate_size {spec.ffn_hidden_size}"
     if parallel.sequence_parallel and tp == 1:
@@ -50,6 +54,11 @@ def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]
         )
     if parallel.recompute_granularity == "full" and parallel.recompute_method is None:
         yield "parallel.recompute_granularity=full needs parallel.recompute_method=uniform or block"
+    if parallel.recompute_granularity != "full" and (parallel.recompute_method or parallel.recompute_num_layers):
+        yield (
+            "parallel.recompute_method and recompute_num_layers go with parallel.recompute_granularity=full: unset "
+            "them, or set it"
+        )
     if parallel.recompute_method and parallel.recompute_num_layers is None:
         yield f"parallel.recompute_method={parallel.recompute_method} needs parallel.recompute_num_layers"
 
@@ -70,11 +79,22 @@ def _lengths(config: Config, spec: ModelSpec) -> Iterator[str]:
             f"rollout.gen_max_new={rollout.gen_max_new} leaves no room for a prompt within rollout.gen_max_length="
             f"{rollout.gen_max_length}: lower it"
         )
-    if config.parallel.max_tokens_per_microbatch < rollout.gen_max_length:
+    pad = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    budget = config.parallel.max_tokens_per_microbatch // pad * pad
+    if budget < rollout.gen_max_length:
+        multiple = f" (as a multiple of the tensor-parallel size {budget})" if pad > 1 else ""
         yield (
-            f"parallel.max_tokens_per_microbatch={config.parallel.max_tokens_per_microbatch} is smaller than "
+            f"parallel.max_tokens_per_microbatch={config.parallel.max_tokens_per_microbatch}{multiple} is smaller than "
             f"rollout.gen_max_length={rollout.gen_max_length}, which one micro-batch must be able to hold: raise it"
         )
+
+
+def _paths(config: Config) -> Iterator[str]:
+    export = (config.work_path / "hf").resolve()
+    for key in ("path", "reference_path"):
+        value = getattr(config.model, key)
+        if value is not None and Path(value).resolve() == export:
+            yield f"model.{key}={value!r} is where this work_dir's own export goes: use another work_dir"
 
 
 def _algorithm(config: Config) -> Iterator[str]:

@@ -99,6 +99,8 @@ def _explain(error: ValidationError) -> str:
         key = _required_leaf(location)
         return f"{key} is missing: give it in the file or as an override {key}=VALUE{more}"
     message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "string_type":
+        message += ": put it in quotes"
     return f"{key}={first['input']!r}: {message}{more}"
 
 

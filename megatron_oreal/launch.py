@@ -31,6 +31,7 @@ def launch(arguments: Sequence[str], nodes: Nodes) -> int:
 
     A rank's own one-line error is all that is printed for status 2; other failures are named in one line.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -51,6 +52,8 @@ def launch(arguments: Sequence[str], nodes: Nodes) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "megatron_oreal", *arguments)
+    except SignalException as error:  # Ctrl-C, or a scheduler's SIGTERM: the ranks were ended with us
+        return 128 + error.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_oreal import platform as platforms
@@ -17,6 +17,7 @@ from megatron_oreal.data.chat import ChatTemplate, drop_long_prompts
 from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.sampler import PromptOrder, resample_by_pass_rate
 from megatron_oreal.data.types import Prompt
+from megatron_oreal.errors import UserError
 from megatron_oreal.layout import ModelSpec, embedded_layout, load_model_spec
 from megatron_oreal.platform import Platform
 from megatron_oreal.rollout.embedded import EmbeddedEngine
@@ -93,25 +94,39 @@ def _load_inputs(
     spec = load_model_spec(config.model.path)
     check_config(config, spec, platform.world_size)
     if config.model.reference_path:
-        load_model_spec(config.model.reference_path)
+        reference = load_model_spec(config.model.reference_path)
+        if replace(reference, max_position_embeddings=spec.max_position_embeddings) != spec:
+            raise UserError(
+                f"model.reference_path={config.model.reference_path!r} is not of the same shape (sizes, rope, norm) as "
+                f"model.path={config.model.path!r}: compare their config.json"
+            )
     model = config.model
     chat = ChatTemplate.load(
         model.path, stop_word=model.stop_word, chat_template=model.chat_template, system_prompt=model.system_prompt
     )
-    limit = config.data.max_prompt_tokens or config.rollout.gen_max_length - 1
+    if chat.stop_token_id >= spec.vocab_size:
+        raise UserError(
+            f"model.stop_word={model.stop_word!r} is token {chat.stop_token_id}, beyond the vocab_size {spec.vocab_size} "
+            f"in {model.path}/config.json: the model can never say it"
+        )
+    limit = min(config.data.max_prompt_tokens or config.rollout.gen_max_length, config.rollout.gen_max_length - 1)
     order = None
     if not policy_only:
-        prompts, dropped = drop_long_prompts(load_prompts(config.data.train), chat, limit)
+        prompts = _short_prompts(config.data.train, chat, limit, platform)
         if config.data.resample_by_pass_rate:
             prompts = resample_by_pass_rate(prompts, config.data.pass_rate_buckets)
         order = PromptOrder(prompts, config.seed)
-        if platform.rank == 0 and dropped:
-            print(f"{config.data.train}: dropped {dropped} prompts of more than {limit} tokens", flush=True)
     held_out: list[Prompt] = []
     if config.evaluation.data:
-        held_out, _ = drop_long_prompts(load_prompts(config.evaluation.data), chat, limit)
-        held_out = held_out[: config.evaluation.max_problems]
+        held_out = _short_prompts(config.evaluation.data, chat, limit, platform)[: config.evaluation.max_problems]
     return spec, chat, order, held_out
+
+
+def _short_prompts(source: str, chat: ChatTemplate, limit: int, platform: Platform) -> list[Prompt]:
+    prompts, dropped = drop_long_prompts(load_prompts(source), chat, limit)
+    if platform.rank == 0 and dropped:
+        print(f"{source}: {dropped} prompts of more than {limit} tokens are left out", flush=True)
+    return prompts
 
 
 def _sampling(config: Config, chat: ChatTemplate) -> SamplingParams:

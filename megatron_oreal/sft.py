@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_oreal.actor.batch import TrainSequence
-from megatron_oreal.algorithm import mix_seed
+from megatron_oreal.algorithm import Stream, mix_seed
 from megatron_oreal.config import Config
 from megatron_oreal.data.packing import PackItem
 from megatron_oreal.data.prompts import load_examples
@@ -29,6 +30,8 @@ def supervise(config: Config) -> None:
     if sft.data is None or sft.output is None:
         missing = "sft.data" if sft.data is None else "sft.output"
         raise UserError(f"{missing} is missing: the supervised phase needs data (JSON lines) and output (a directory)")
+    if Path(sft.output).exists():
+        raise UserError(f"sft.output={sft.output!r} is there already: remove it or give another directory")
     with open_run(config, policy_only=True) as run:
         run.actor.load_hf()
         examples = run.platform.fail_together(lambda: _examples(config, run))
@@ -69,7 +72,7 @@ def _batches(examples: list[TrainSequence], size: int, seed: int) -> Iterator[li
     queue: list[TrainSequence] = []
     while True:
         while len(queue) < size:
-            keys = [mix_seed(seed, epoch, index) for index in range(len(examples))]
+            keys = [mix_seed(Stream.SUPERVISED, seed, epoch, index) for index in range(len(examples))]
             queue += [examples[i] for i in sorted(range(len(examples)), key=keys.__getitem__)]
             epoch += 1
         yield queue[:size]

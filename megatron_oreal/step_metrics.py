@@ -27,6 +27,7 @@ def rollout_metrics(
         names.GROUPS_KEPT: statistics.kept_groups,
         names.GROUPS_ALL_CORRECT: statistics.groups_all_correct,
         names.GROUPS_ALL_WRONG: statistics.groups_all_wrong,
+        names.GROUPS_FEW_KNOWN: statistics.groups_few_known,
         names.SEQUENCES_KEPT: statistics.kept_sequences,
         names.UNKNOWN_SHARE: statistics.unknown_share,
         names.LENGTH_MEAN: statistics.response_length,

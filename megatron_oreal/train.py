@@ -6,6 +6,7 @@ prompts -> rollouts -> verdicts -> groups -> pairs -> token weights -> losses ->
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_oreal.evaluate import evaluate
 from megatron_oreal.run import Run, open_run
 from megatron_oreal.step_metrics import rollout_metrics, throughput_metrics, update_metrics
 from megatron_oreal.telemetry import MetricLogger, PhaseTimers, StepTable, summary, write_report
+from megatron_oreal.verifier.verdict import Verdict
 
 
 def train(config: Config) -> None:
@@ -30,18 +32,24 @@ def train(config: Config) -> None:
         first_step = _restore(run, checkpoints)
         timers = PhaseTimers(run.platform.synchronize)
         table = StepTable(enabled=run.is_first_rank)
-        with MetricLogger(config.work_dir, config.telemetry, run.is_first_rank, first_step) as logger:
+        logger = run.platform.fail_together(
+            lambda: MetricLogger(
+                config.work_dir, config.telemetry, run.is_first_rank, first_step, config.model_dump(mode="json")
+            )
+        )
+        with logger:
             run.publish()
             timers.reset()
             for step in range(first_step, config.total_steps):
                 metrics = _evaluate_when_due(run, timers, step, last=False)
                 metrics |= train_step(run, timers, step)
-                with timers("checkpoint"):
-                    _save_when_due(run, checkpoints, step + 1)
                 metrics |= timers.collect()
                 metrics |= throughput_metrics(metrics)
+                # Logged before it is saved: a run that is cut off in between logs the step again, and loses nothing.
                 logger.log(step, metrics)
                 table.row(step, metrics)
+                with timers("checkpoint"):  # counted in the next step's record
+                    _save_when_due(run, checkpoints, step + 1)
             final = _evaluate_when_due(run, timers, config.total_steps, last=True)
             if final:
                 logger.log(config.total_steps, final | timers.collect())
@@ -74,12 +82,12 @@ def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
             step=step,
         )
         metrics, statistics = rollout_metrics(trajectories, rewards, kept)
-        _require_known(config, statistics.unknown_share)
         if config.telemetry.save_trajectories and run.is_first_rank:
             _write_trajectories(config, step, prompts, trajectories)
+        _require_known(config, trajectories)
     if kept:
         with timers("update"):
-            result = run.actor.update(_sequences(trajectories, kept, k), step)
+            result = run.actor.update(_sequences(trajectories, kept, k), step, timers)
         metrics |= update_metrics(result)
         if result.policy_grad_norm is not None:
             with timers("publish"):
@@ -99,12 +107,16 @@ def _sequences(trajectories: Sequence[Trajectory], kept: Sequence[Kept], k: int)
     ]
 
 
-def _require_known(config: Config, unknown_share: float | None) -> None:
+def _require_known(config: Config, trajectories: Sequence[Trajectory]) -> None:
     limit = config.verifier.max_unknown_share
-    if unknown_share is not None and unknown_share > limit:
+    reasons = Counter(
+        t.judgement.reason for t in trajectories if t.judgement is not None and t.judgement.verdict is Verdict.UNKNOWN
+    )
+    share = reasons.total() / max(len(trajectories), 1)
+    if share > limit:
         raise UserError(
-            f"verifier.max_unknown_share={limit}: {unknown_share:.0%} of this step's verdicts are unknown; training on "
-            "the rest would be biased: repair the verifier, or raise the limit"
+            f"verifier.max_unknown_share={limit}: {share:.0%} of this step's verdicts are unknown, most often because "
+            f"{reasons.most_common(1)[0][0]!r}; training on the rest would be biased: repair that, or raise the limit"
         )
 
 
@@ -156,11 +168,14 @@ def _finish(run: Run) -> None:
     """Export the policy and draw the report; print where they are and what the run has shown."""
     config = run.config
     if config.checkpoint.export_hf:
-        path = config.work_path / "hf"
-        if run.is_first_rank and path.exists():  # of an earlier run of this work_dir, or before a resume
-            shutil.rmtree(path)
+        path, fresh = config.work_path / "hf", config.work_path / "hf.new"
+        if run.is_first_rank:
+            shutil.rmtree(fresh, ignore_errors=True)
         run.platform.barrier()
-        run.actor.export(path)
+        run.actor.export(fresh)
+        if run.is_first_rank:  # only now may an earlier export of this work_dir go
+            shutil.rmtree(path, ignore_errors=True)
+            fresh.rename(path)
         run.say(f"export: {path}")
     if run.is_first_rank:
         print(summary(config.work_dir))

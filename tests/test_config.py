@@ -199,6 +199,7 @@ def test_an_override_of_an_unknown_key_is_named_with_the_nearest_valid_one(
         ("optimizer.actor_lr=.nan", ["optimizer.actor_lr=nan", "finite"]),
         ("optimizer.actor_lr=.inf", ["optimizer.actor_lr=inf", "finite"]),
         ("rollout=3", ["rollout=3", "dictionary"]),
+        ("model.stop_word=12", ["model.stop_word=12", "valid string", "put it in quotes"]),
     ],
 )
 def test_a_bad_value_is_named_with_its_key_and_its_range(tmp_path: Path, override: str, parts: list[str]) -> None:

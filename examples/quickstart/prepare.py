@@ -3,7 +3,8 @@
     python prepare.py OUT_DIR [--seed 0]
 
 writes OUT_DIR/model (Hugging Face directory), train.jsonl (prompts), solutions.jsonl (supervised phase) and
-held_out.jsonl. No problem is in two of the files. A worked solution adds digit by digit from the right, with carries:
+held_out.jsonl. No problem is in two of the files, and no held-out
+one is in another with its numbers swapped. A worked solution adds digit by digit from the right, with carries:
 
     347+586  ->  7+6+0=13,4+8+1=13,3+5+1=09 \\boxed{933}
 """
@@ -106,13 +107,18 @@ def main() -> None:
         "solutions": problems[NUM_HELD_OUT : NUM_HELD_OUT + NUM_SOLUTIONS],
         "train": problems[NUM_HELD_OUT + NUM_SOLUTIONS :],
     }
-    for name, members in parts.items():
-        with (out / f"{name}.jsonl").open("w") as file:
+    held_out = set(parts["held_out"])
+    for name, members in parts.items():  # train last: the quickstart takes its presence for "all is there"
+        partial = out / f".{name}.jsonl"
+        with partial.open("w") as file:
             for a, b in members:
+                if name != "held_out" and (b, a) in held_out:
+                    continue
                 record = {"question": f"{a}+{b}", "gold_answer": str(a + b)}
                 if name == "solutions":
                     record["solution"] = worked_solution(a, b)
                 print(json.dumps(record), file=file)
+        partial.rename(out / f"{name}.jsonl")
     print(f"prepared {out}: {NUM_TRAIN} prompts, {NUM_SOLUTIONS} worked solutions, {NUM_HELD_OUT} held-out problems")
 
 

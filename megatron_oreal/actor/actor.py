@@ -35,6 +35,7 @@ from megatron_oreal.loss import (
     token_weights,
 )
 from megatron_oreal.platform import Platform
+from megatron_oreal.telemetry import PhaseTimers
 
 
 @dataclass
@@ -106,7 +107,9 @@ class Actor:
     ):
         self.config, self.spec, self.grid, self.platform = config, spec, grid, platform
         self.settings = LossSettings.from_config(config.algorithm)
-        self.implementation = choose_implementation(config.parallel.transformer_impl, platform.is_cuda)
+        self.implementation = choose_implementation(
+            config.parallel.transformer_impl, config.model.dtype, platform.is_cuda
+        )
         self.policy = self._build(trainable=True)
         self.policy_layout = self._layout(reward_model=False)
         self.policy_optimizer = self._optimizer(self.policy)
@@ -210,18 +213,22 @@ class Actor:
             self.config.algorithm.mode,
         )
 
-    def update(self, sequences: Sequence[TrainSequence], step: int) -> UpdateResult:
+    def update(self, sequences: Sequence[TrainSequence], step: int, timers: PhaseTimers | None = None) -> UpdateResult:
         """One OREAL update from the kept sequences of the global batch (the same list on every rank, not empty)."""
         assert sequences and self.reference is not None
+        timers = timers or PhaseTimers()
         counts = count_normalisers(
             [sequence.reward for sequence in sequences], [len(sequence.item.response_ids) for sequence in sequences]
         )
         batch = self.make_batch(sequences)
         sums = TokenSums()
-        ref_logps = self.reference_logps(batch)
-        scores, rm_norm, rm_lr = self._update_reward_model(batch, counts, sums, step)
+        with timers("reference"):
+            ref_logps = self.reference_logps(batch)
+        with timers("reward_model"):
+            scores, rm_norm, rm_lr = self._update_reward_model(batch, counts, sums, step)
         frozen = step < self.config.algorithm.actor_freeze_steps
-        norm, lr = self._update_policy(batch, counts, ref_logps, scores, sums, step, frozen=frozen)
+        with timers("policy"):
+            norm, lr = self._update_policy(batch, counts, ref_logps, scores, sums, step, frozen=frozen)
         return UpdateResult(sums.over_world(self.grid, self.platform), counts, batch.balance, norm, lr, rm_norm, rm_lr)
 
     def reference_logps(self, batch: Batch) -> list[Tensor]:
@@ -336,8 +343,8 @@ class Actor:
         if weights is not None:
             positive = _token_mask(microbatch, sign=1).to(logits.device)
             for name, weight, mask in (("positive", weights[0], positive), ("negative", weights[1], ~positive)):
-                sums.add(f"{name}_weight", weight[mask].double().sum())
-                sums.add(f"{name}_weight_nonzero", (weight[mask] > 0).sum())
+                sums.add(f"{name}_weight", (weight * mask).double().sum())
+                sums.add(f"{name}_weight_nonzero", ((weight > 0) & mask).sum())
         drawn = [sequence.engine_logp for sequence in microbatch.sequences]
         if drawn and all(logp is not None for logp in drawn):
             engine = np.concatenate([logp for logp in drawn if logp is not None])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_oreal.config import ParallelConfig
 from megatron_oreal.errors import UserError
@@ -28,8 +29,6 @@ class ParallelGrid:
     pp_rank: int
     dp_rank: int
     tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
-    pp_group: dist.ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
@@ -65,7 +64,10 @@ def init_parallel(config: ParallelConfig, platform: Platform) -> ParallelGrid:
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             create_gloo_process_groups=True,
+            distributed_timeout_minutes=max(1, config.distributed_timeout_s // 60),
         )
+        if platform.is_cuda:  # Megatron initialises parallel layers under this generator's states, and wants them there
+            model_parallel_cuda_manual_seed(0)
     return ParallelGrid(
         tp=tp,
         pp=pp,
@@ -75,8 +77,6 @@ def init_parallel(config: ParallelConfig, platform: Platform) -> ParallelGrid:
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
         tp_group=mpu.get_tensor_model_parallel_group(),
-        dp_group=mpu.get_data_parallel_group(),
-        pp_group=mpu.get_pipeline_model_parallel_group(),
     )
 
 

@@ -23,15 +23,21 @@ from megatron_oreal.errors import UserError
 Implementation = Literal["transformer_engine", "local"]
 
 
-def choose_implementation(requested: str, is_cuda: bool) -> Implementation:
-    """Resolve ``parallel.transformer_impl``; raises ``UserError`` when TransformerEngine is asked for and not there."""
-    present = importlib.util.find_spec("transformer_engine") is not None
-    if requested == "auto":
-        return "transformer_engine" if is_cuda and present else "local"
-    if requested == "transformer_engine" and not (present and is_cuda):
-        missing = "the package is not installed" if is_cuda else "this run has no CUDA device"
-        raise UserError(f"parallel.transformer_impl=transformer_engine: {missing}; set it to auto or local")
-    return "transformer_engine" if requested == "transformer_engine" else "local"
+def choose_implementation(requested: str, dtype: str, is_cuda: bool) -> Implementation:
+    """Resolve ``parallel.transformer_impl``; ``UserError`` when TransformerEngine is asked for and cannot be had.
+
+    Its fused attention over packed sequences takes bf16 alone, so fp32 is torch-native.
+    """
+    obstacle = None
+    if not is_cuda:
+        obstacle = "this run has no CUDA device"
+    elif importlib.util.find_spec("transformer_engine") is None:
+        obstacle = "the package is not installed"
+    elif dtype == "fp32":
+        obstacle = "model.dtype=fp32, and its attention over packed sequences takes bf16 only"
+    if requested == "transformer_engine" and obstacle:
+        raise UserError(f"parallel.transformer_impl=transformer_engine: {obstacle}; set it to auto or local")
+    return "local" if requested == "local" or obstacle else "transformer_engine"
 
 
 def _local_layer_spec(qk_norm: bool) -> ModuleSpec:

@@ -80,7 +80,9 @@ class Checkpoints:
     def load(self, actor: Actor, step: int) -> dict[str, Any]:
         """Restore models and optimizers in place and return ``position``. Raises ``UserError`` when they do not fit."""
         path = self.path(step)
-        run = json.loads((path / _RUN_FILE).read_text())
+        run = self.platform.broadcast_object(
+            json.loads((path / _RUN_FILE).read_text()) if self.platform.rank == 0 else None
+        )
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
                 if not (path / key).is_dir():

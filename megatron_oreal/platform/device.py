@@ -84,9 +84,11 @@ def choose_device(requested: Literal["auto", "cuda", "cpu"]) -> str:
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
         raise UserError("device=cuda: torch sees no CUDA device; install a CUDA build of torch or set device=cpu")
-    if requested == "auto":
-        return "cuda" if available else "cpu"
-    return requested
+    if requested == "cpu" and available:
+        raise UserError(
+            "device=cpu: torch sees a CUDA device here; start with CUDA_VISIBLE_DEVICES= (empty) in the environment"
+        )
+    return "cuda" if available else "cpu"
 
 
 def init_distributed(requested: Literal["auto", "cuda", "cpu"], timeout_s: int) -> Platform:
@@ -95,11 +97,18 @@ def init_distributed(requested: Literal["auto", "cuda", "cpu"], timeout_s: int) 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     timeout = datetime.timedelta(seconds=timeout_s)
     if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible; start fewer "
+                "ranks a node"
+            )
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             store = dist.HashStore()
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=0, world_size=1)
+            dist.init_process_group(
+                "nccl" if kind == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout
+            )
         else:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else dist.group.WORLD

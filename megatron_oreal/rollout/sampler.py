@@ -11,7 +11,7 @@ from megatron_oreal.platform import Platform
 from megatron_oreal.rollout.engine import Completion, Engine, Request, SamplingParams
 from megatron_oreal.telemetry import progress
 from megatron_oreal.verifier import VerifierPool
-from megatron_oreal.verifier.verdict import Judgement
+from megatron_oreal.verifier.verdict import Judgement, Verdict
 
 
 class RolloutSampler:
@@ -54,9 +54,11 @@ class RolloutSampler:
                 group, sample = mine[index]
                 trajectory = self._trajectory(group, sample, requests[index], completion)
                 trajectories[group, sample] = trajectory
-                self.verifier.submit(
-                    (group, sample), trajectory.text, prompts[group].gold_answer, stopped=trajectory.stopped
-                )
+                if completion.finish_reason == "abort":  # the engine's doing, not the model's: nothing to learn from
+                    trajectory.judgement = Judgement(Verdict.UNKNOWN, "aborted by the engine")
+                else:
+                    gold = prompts[group].gold_answer
+                    self.verifier.submit((group, sample), trajectory.text, gold, stopped=trajectory.stopped)
                 tokens += len(completion.token_ids)
                 bar.update(1, extra=f"{tokens / (time.perf_counter() - began):.0f} tok/s")
                 for key, judgement in self.verifier.drain():

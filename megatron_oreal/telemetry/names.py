@@ -32,6 +32,7 @@ REWARD_MEAN = _metric("reward/mean", "", "mean outcome reward of the known respo
 GROUPS_KEPT = _metric("groups/kept", "groups", "prompts whose group passed the filter")
 GROUPS_ALL_CORRECT = _metric("groups/all_correct", "groups", "prompts whose known responses were all correct")
 GROUPS_ALL_WRONG = _metric("groups/all_wrong", "groups", "prompts whose known responses were all wrong")
+GROUPS_FEW_KNOWN = _metric("groups/few_known", "groups", "prompts with fewer than two known responses: dropped")
 SEQUENCES_KEPT = _metric("groups/kept_sequences", "sequences", "responses that were trained on")
 UNKNOWN_SHARE = _metric("verdict/unknown_share", "share", "responses that no verifier could decide")
 
