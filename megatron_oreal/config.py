@@ -21,7 +21,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A group of keys. Unknown keys are errors; values are checked on assignment too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -61,6 +61,12 @@ class RolloutConfig(Section):
     gen_max_new: PositiveInt = 14000
     gen_max_length: PositiveInt = 16384
     max_running_requests: PositiveInt = Field(256, description="slots of the embedded engine, a rank")
+
+
+class JudgeConfig(Section):
+    """A language model as verifier behind an OpenAI-compatible API; no hosts: rules alone."""
+
+    hosts: list[str] = []
 
 
 class VerifierConfig(Section):
@@ -181,6 +187,7 @@ class Config(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
+    judge: JudgeConfig = JudgeConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -106,7 +106,7 @@ def _load_inputs(
     )
     if chat.stop_token_id >= spec.vocab_size:
         raise UserError(
-            f"model.stop_word={model.stop_word!r} is token {chat.stop_token_id}, beyond the vocab_size {spec.vocab_size} "
+            f"model.stop_word={model.stop_word!r} is token {chat.stop_token_id}, beyond vocab_size {spec.vocab_size} "
             f"in {model.path}/config.json: the model can never say it"
         )
     limit = min(config.data.max_prompt_tokens or config.rollout.gen_max_length, config.rollout.gen_max_length - 1)

@@ -58,3 +58,10 @@ def test_engine_figures_are_those_of_the_result_file() -> None:
 def test_files_that_the_readme_names_exist() -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"bash (\S+\.sh)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_real_model_figures_are_those_of_the_result_file() -> None:
+    for row in load("real_model/result.json")["held_out_accuracy"]:
+        low, high = row["sampled_95"]
+        sampled = f"{100 * row['sampled']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+        assert f"| {row['after_steps']} | {sampled} | {100 * row['greedy']:.1f} |" in README

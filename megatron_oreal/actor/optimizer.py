@@ -36,6 +36,26 @@ def _load_without_step(optimizer: DistributedOptimizer) -> None:
     optimizer._set_main_param_and_optimizer_states = load_with_step
 
 
+def _allocate_moments(part: Any) -> None:
+    """Start AdamW's moments, and torch's step counts, at zero now, as the first update would.
+
+    Megatron cannot save an optimizer that has made no update, which a frozen policy's has not.
+    """
+    part.init_state_fn(part.optimizer, part.config)
+    _complete_step_counts(part)
+
+
+def _complete_step_counts(part: Any) -> None:
+    """Give every parameter of torch's AdamW a step count of its own; other implementations keep one in the group.
+
+    Megatron's loading gives all parameters one step tensor, which AdamW would then count up once for each, or none when
+    the count was zero.
+    """
+    if isinstance(part.optimizer, torch.optim.Adam):
+        for state in part.optimizer.state.values():
+            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).clone()
+
+
 class ModelOptimizer:
     """AdamW over one model's chunks, distributed over data-parallel ranks when the config says so."""
 
@@ -63,6 +83,7 @@ class ModelOptimizer:
         with platform.megatron():
             self.megatron = get_megatron_optimizer(megatron_config, model.chunks, config_overrides=overrides)
         for part in self.parts:
+            _allocate_moments(part)
             if isinstance(part, DistributedOptimizer):
                 _load_without_step(part)
 
@@ -86,12 +107,13 @@ class ModelOptimizer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``sharded_state_dict`` saved; call inside ``platform.megatron()``."""
+        inner = state.get("optimizer", state)
+        # Of torch's AdamW that is not distributed, Megatron leaves a step count of zero out.
+        if "state" in inner and isinstance(self.parts[0].optimizer, torch.optim.Adam):
+            inner["state"].setdefault("common_step", torch.zeros(()))
         self.megatron.load_state_dict(state)
         for part in self.parts:
-            for parameter_state in part.optimizer.state.values():
-                # Megatron gives all parameters one step tensor, which torch's AdamW would then count up once for each.
-                if isinstance(parameter_state.get("step"), Tensor):
-                    parameter_state["step"] = parameter_state["step"].clone()
+            _complete_step_counts(part)
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, and return the gradient norm before clipping. Raises ``NonFiniteGradientError``."""
