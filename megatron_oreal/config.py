@@ -63,12 +63,6 @@ class RolloutConfig(Section):
     max_running_requests: PositiveInt = Field(256, description="slots of the embedded engine, a rank")
 
 
-class JudgeConfig(Section):
-    """A language model as verifier behind an OpenAI-compatible API; no hosts: rules alone."""
-
-    hosts: list[str] = []
-
-
 class VerifierConfig(Section):
     """Rule checker and its worker processes."""
 
@@ -187,7 +181,6 @@ class Config(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
-    judge: JudgeConfig = JudgeConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()

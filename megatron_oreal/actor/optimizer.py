@@ -16,6 +16,9 @@ from megatron_oreal.config import OptimizerConfig, ParallelConfig
 from megatron_oreal.platform import Platform
 
 
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)  # one is the other's base from torch 2.7 on
+
+
 class NonFiniteGradientError(RuntimeError):
     """The gradient norm is not a number: the update destroyed the model, so the run stops before it is published."""
 
@@ -51,7 +54,7 @@ def _complete_step_counts(part: Any) -> None:
     Megatron's loading gives all parameters one step tensor, which AdamW would then count up once for each, or none when
     the count was zero.
     """
-    if isinstance(part.optimizer, torch.optim.Adam):
+    if isinstance(part.optimizer, _TORCH_ADAM):
         for state in part.optimizer.state.values():
             state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).clone()
 
@@ -109,7 +112,7 @@ class ModelOptimizer:
         """Restore what ``sharded_state_dict`` saved; call inside ``platform.megatron()``."""
         inner = state.get("optimizer", state)
         # Of torch's AdamW that is not distributed, Megatron leaves a step count of zero out.
-        if "state" in inner and isinstance(self.parts[0].optimizer, torch.optim.Adam):
+        if "state" in inner and isinstance(self.parts[0].optimizer, _TORCH_ADAM):
             inner["state"].setdefault("common_step", torch.zeros(()))
         self.megatron.load_state_dict(state)
         for part in self.parts:
