@@ -57,5 +57,6 @@ fi
 "$python" -m megatron_oreal train "$config" "seed=$seed" "work_dir=$work/run" "model.path=$work/model" \
     "data.train=$work/data/train.jsonl" "evaluation.data=$work/data/held_out.jsonl" \
     "${overrides[@]}" --nproc-per-node 2
-"$python" "$example/check_export.py" "$work/run" "$work/data/held_out.jsonl" "$config"
+# One thread, as each rank has: on a machine that is busy with other work two wait for each other most of the time.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" "$example/check_export.py" "$work/run" "$work/data/held_out.jsonl" "$config"
 echo "real_model: done in $((SECONDS - began)) s, installation aside"

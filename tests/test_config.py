@@ -134,7 +134,12 @@ def test_an_indivisible_intermediate_size_is_refused(tmp_path: Path) -> None:
     assert f"{TP}=2" in message and "intermediate_size 265" in message
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4, 12])
+def test_rows_of_query_key_and_value_must_divide(tmp_path: Path) -> None:
+    message = refusal(tmp_path, f"{TP}=12", world_size=12)
+    assert f"{TP}=12" in message and "rows of query, key and value" in message
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
 def test_kv_heads_may_be_split_or_repeated(tmp_path: Path, tp: int) -> None:
     check_config(config_of(tmp_path, f"{TP}={tp}"), SPEC, 2 * tp)
 

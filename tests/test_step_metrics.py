@@ -118,6 +118,7 @@ def test_rollout_metrics_leave_unknown_verdicts_out_of_rates_and_not_out_of_coun
             names.GROUPS_KEPT: 1,
             names.GROUPS_ALL_CORRECT: 0,
             names.GROUPS_ALL_WRONG: 1,
+            names.GROUPS_FEW_KNOWN: 0,
             names.SEQUENCES_KEPT: 2,
             names.UNKNOWN_SHARE: 1 / 6,
             names.LENGTH_MEAN: 54 / 6,

@@ -15,7 +15,6 @@ from megatron_oreal.actor.build import DTYPES, MegatronModel
 from megatron_oreal.config import OptimizerConfig, ParallelConfig
 from megatron_oreal.platform import Platform
 
-
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)  # one is the other's base from torch 2.7 on
 
 
