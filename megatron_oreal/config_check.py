@@ -20,7 +20,6 @@ def _contradictions(config: Config, spec: ModelSpec, world_size: int) -> Iterato
     yield from _parallel(config, spec, world_size)
     yield from _lengths(config, spec)
     yield from _algorithm(config)
-    yield from _paths(config)
 
 
 def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
@@ -89,12 +88,13 @@ def _lengths(config: Config, spec: ModelSpec) -> Iterator[str]:
         )
 
 
-def _paths(config: Config) -> Iterator[str]:
+def check_training_paths(config: Config) -> None:
+    """Raise ``UserError`` when a model that training reads is the directory that it will replace by its export."""
     export = (config.work_path / "hf").resolve()
     for key in ("path", "reference_path"):
         value = getattr(config.model, key)
         if value is not None and Path(value).resolve() == export:
-            yield f"model.{key}={value!r} is where this work_dir's own export goes: use another work_dir"
+            raise UserError(f"model.{key}={value!r} is where this work_dir's own export goes: use another work_dir")
 
 
 def _algorithm(config: Config) -> Iterator[str]:

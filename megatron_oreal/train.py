@@ -14,6 +14,7 @@ from megatron_oreal.actor.batch import TrainSequence
 from megatron_oreal.algorithm import Kept, request_seed, rewards_from_verdicts, select
 from megatron_oreal.checkpoint import Checkpoints
 from megatron_oreal.config import Config
+from megatron_oreal.config_check import check_training_paths
 from megatron_oreal.data.packing import PackItem
 from megatron_oreal.data.trajectories import TrajectoryWriter
 from megatron_oreal.data.types import Prompt, Trajectory
@@ -27,6 +28,7 @@ from megatron_oreal.verifier.verdict import Verdict
 
 def train(config: Config) -> None:
     """Train for ``total_steps`` steps, or from the newest checkpoint in ``work_dir`` to there."""
+    check_training_paths(config)
     with open_run(config) as run:
         checkpoints = Checkpoints(config.work_path, config.checkpoint.keep, run.platform)
         first_step = _restore(run, checkpoints)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_oreal.config import AlgorithmConfig, Config
-from megatron_oreal.config_check import check_config
+from megatron_oreal.config_check import check_config, check_training_paths
 from megatron_oreal.config_load import dump_config, load_config, parse_config
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.model_spec import ModelSpec, RopeSpec
@@ -373,3 +373,15 @@ def test_the_losses_ranges_are_those_of_the_config(key: str, value: float) -> No
         return True
 
     assert accepts(AlgorithmConfig) == accepts(LossSettings)
+
+
+def with_model_path(config: Config, model_path: str) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": model_path})})
+
+
+def test_training_refuses_to_start_from_the_export_it_would_replace(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    own = with_model_path(config, f"{config.work_dir}/hf")
+    with pytest.raises(UserError, match="use another work_dir"):
+        check_training_paths(own)
+    check_training_paths(with_model_path(config, f"{config.work_dir}-other/hf"))
