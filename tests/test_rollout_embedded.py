@@ -212,9 +212,9 @@ def test_checkpoints_with_missing_or_misshapen_tensors_are_refused_by_name(model
         build(tmp_path, slots=1)
     tensors = load_file(model_dir / "model.safetensors")
     save_file(tensors | {"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.norm\.weight has shape \(3,\)"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight' has shape \[3\], config\.json asks for \[32\]"):
         build(tmp_path, slots=1)
     del tensors["model.layers.1.self_attn.k_proj.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"no tensor 'model\.layers\.1\.self_attn\.k_proj\.bias'"):
+    with pytest.raises(UserError, match=r"tensor 'model\.layers\.1\.self_attn\.k_proj\.bias' \[\d+\] is missing"):
         build(tmp_path, slots=1)
