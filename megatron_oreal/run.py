@@ -18,7 +18,7 @@ from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.sampler import PromptOrder, resample_by_pass_rate
 from megatron_oreal.data.types import Prompt
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout import ModelSpec, embedded_layout, load_model_spec
+from megatron_oreal.layout import Layout, ModelSpec, embedded_layout, load_model_spec
 from megatron_oreal.platform import Platform
 from megatron_oreal.rollout.embedded import EmbeddedEngine
 from megatron_oreal.rollout.engine import Engine, SamplingParams
@@ -36,6 +36,7 @@ class Run:
     grid: ParallelGrid
     actor: Actor
     engine: Engine
+    engine_layout: Layout
     rollouts: RolloutSampler
     chat: ChatTemplate
     order: PromptOrder | None
@@ -51,7 +52,7 @@ class Run:
     def publish(self) -> None:
         """Bring the policy's weights into every engine, as the next version."""
         self.version += 1
-        self.actor.publish(embedded_layout(self.spec), dict(self.engine.weight_buffers()))
+        self.actor.publish(self.engine_layout, dict(self.engine.weight_buffers()))
         self.engine.load_weights(self.version)
 
     def say(self, *parts: Any) -> None:
@@ -82,7 +83,20 @@ def open_run(config: Config, *, policy_only: bool = False) -> Iterator[Run]:
         with VerifierPool.from_config(config.verifier, stop_words=[config.model.stop_word]) as verifier:
             rollouts = RolloutSampler(engine, verifier, chat, platform)
             sampling = _sampling(config, chat)
-            yield Run(config, spec, platform, grid, actor, engine, rollouts, chat, order, held_out, sampling)
+            yield Run(
+                config,
+                spec,
+                platform,
+                grid,
+                actor,
+                engine,
+                embedded_layout(spec),
+                rollouts,
+                chat,
+                order,
+                held_out,
+                sampling,
+            )
             engine.shutdown()
     finally:
         platforms.shutdown_distributed()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -43,18 +42,16 @@ class DeviceBatch:
 def to_device(batch: PackedBatch, implementation: Implementation, platform: Platform, *, mode: Mode) -> DeviceBatch:
     """Move a packed batch to the device; ``mode`` decides where scores are read (algorithm.md, "Positions")."""
     device = platform.device
-    cu_seqlens = np.asarray(batch.cu_seqlens)
-    longest = int(np.diff(cu_seqlens).max())
     on_device = batch.cu_seqlens.to(device)
     packed = PackedSequences(
         qkv_format="thd" if implementation == "transformer_engine" else "packed",
         cu_seqlens_q=on_device,
         cu_seqlens_kv=on_device,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
     )
     if implementation == "local":
-        batches, unpad = padded_batches(cu_seqlens)
+        batches, unpad = padded_batches(batch.cu_seqlens.numpy())
         packed.batches = [(torch.from_numpy(rows).to(device), count, length) for rows, count, length in batches]
         packed.unpad = torch.from_numpy(unpad).to(device)
     return DeviceBatch(
