@@ -1,13 +1,7 @@
-"""Plans and exports on real gloo ranks."""
+"""Plans carried out on real gloo ranks, against gathering everything, and the digests of what arrived."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +10,47 @@ import torch
 import torch.distributed as dist
 from dist import run_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file
 from test_layout_checkpoint import assert_equal, expected, garbage, random_weights, write_checkpoint
 from test_layout_megatron import small_spec
 from torch import Tensor
 
-from megatron_oreal.errors import UserError
 from megatron_oreal.layout import (
+    Digester,
+    DigestError,
     Layout,
     ModelSpec,
     RankGrid,
+    Resharder,
     SafetensorsSource,
     embedded_layout,
     execute_plan,
-    export_hf,
+    hf_layout,
     load_from_hf,
-    load_model_spec,
     make_plan,
     megatron_layout,
 )
-from megatron_oreal.layout.blocks import rect_size
-from megatron_oreal.layout.execute import _schedule, split_rect
+from megatron_oreal.layout.blocks import Rect, rect_size
+from megatron_oreal.layout.gather import Gatherer
+from megatron_oreal.layout.schedule import Message, make_schedule, split_rect
 
 TP2_PP2 = {"tp": 2, "pp": 2, "vocab_divisor": 16}
+LARGE, SMALL = 2**20, 600
 
 
-def gather_everything(layout: Layout, ranks: dict[int, tuple[int, ...]], mine: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The oracle: every rank gets every shard of everyone and puts the HF tensors together itself."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {name: tensor.detach().clone() for name, tensor in mine.items()})
-    hf: dict[str, Tensor] = {}
-    for index, shard in enumerate(layout.shards):
-        for rank in ranks[index]:
-            for name, shape in shard.tensors:
-                hf.setdefault(name, torch.full(shape, float("nan"), dtype=torch.bfloat16))
-            for block in shard.blocks:
-                source = tuple(slice(*span) for span in block.source)
-                hf[block.tensor][source] = everyone[rank][block.param][tuple(slice(*span) for span in block.dest)]
-    return hf
+def in_turn(module: str, cases: list[tuple[str, dict]]) -> list:
+    """Run several functions of a module on the same ranks: starting processes takes longer than the tests."""
+    import importlib
 
-
-def in_turn(cases: list[tuple[str, dict]]) -> list:
-    """Run several functions of this module on the same ranks: starting processes takes longer than the tests."""
     dist.init_process_group("gloo")
-    results = [globals()[function](**kwargs) for function, kwargs in cases]
+    results = [getattr(importlib.import_module(module), function)(**kwargs) for function, kwargs in cases]
     dist.destroy_process_group()
     return results
 
 
-def launch(world_size: int, cases: dict[Any, tuple[str, dict]]) -> dict[Any, list]:
+def launch(module: str, world_size: int, cases: dict[Any, tuple[str, dict]]) -> dict[Any, list]:
     """Case name to the results of all ranks."""
-    results = run_ranks("test_layout_execute:in_turn", world_size, {"cases": list(cases.values())})
+    kwargs = {"module": module.rsplit(".")[-1], "cases": list(cases.values())}
+    results = run_ranks("test_layout_execute:in_turn", world_size, kwargs)
     return {name: [each[number] for each in results] for number, name in enumerate(cases)}
 
 
@@ -79,28 +63,40 @@ def loaded(spec: ModelSpec, model_dir: str, layout: Layout, grid: RankGrid) -> t
     return rank, live
 
 
-def reshard_worker(model_dir: str, spec: ModelSpec, sizes: dict, dp: int, bucket_bytes: list[int]) -> list:
+def reshard_worker(model_dir: str, spec: ModelSpec, sizes: dict, dp: int) -> list:
+    """Two successive versions for each kind of buckets: both must arrive, and nothing of the first may linger."""
     layout, grid = megatron_layout(spec, **sizes), RankGrid(sizes["tp"], sizes["pp"], dp)
     rank, live = loaded(spec, model_dir, layout, grid)
     engine = embedded_layout(spec)
-    plan = make_plan(layout, grid.replicas(), engine, {0: range(grid.world_size)})
-    oracle = expected(engine.shards[0], gather_everything(layout, grid.replicas(), live))
-    traffic = []
-    for step, size in enumerate(bucket_bytes):
-        with torch.no_grad():  # two successive updates must both arrive: nothing of the first may linger
-            for tensor in live.values():
-                tensor.mul_(2 if step else 1)
-        held = garbage(engine.shards[0])
-        traffic.append(execute_plan(plan, live, held, rank, bucket_bytes=size))
-        assert_equal(held, {name: value * 2**step for name, value in oracle.items()})
-    stats = plan.statistics
-    for each in traffic:
-        assert each.received == 2 * stats.received.get(rank, 0)
-        assert each.sent == 2 * stats.sent.get(rank, 0)
-        assert each.local == 2 * stats.local.get(rank, 0)
-        assert each.received + each.local == 2 * engine.shards[0].num_elements()
-    final = {name: (tensor / 2 ** (len(bucket_bytes) - 1)).detach() for name, tensor in held.items()}
-    return [plan.fingerprint(), final]
+    places = grid.replicas(), engine, {0: range(grid.world_size)}
+    plan = make_plan(layout, *places)
+    digester = Digester(layout, *places, wire_dtype=torch.bfloat16)
+    gatherer = Gatherer(layout, grid.replicas(), engine, 0, rank, dtype=torch.bfloat16, bucket_bytes=1000)
+    held, oracle = garbage(engine.shards[0]), garbage(engine.shards[0])
+    digests, stats = [], plan.statistics.in_bytes(2)
+    # a message for each part; parts that share messages; buckets smaller than a tensor
+    for own_message_bytes, bucket_bytes in ((1, LARGE), (LARGE, LARGE), (LARGE, SMALL)):
+        options = {"bucket_bytes": bucket_bytes, "own_message_bytes": own_message_bytes}
+        with Resharder(plan, rank, wire_dtype=torch.bfloat16, **options) as resharder:
+            for version in range(2):
+                with torch.no_grad():
+                    for tensor in live.values():
+                        tensor.mul_(-1)
+                traffic = resharder.run(live, held)
+                gatherer.run(live, oracle)
+                assert_equal(held, {name: value.detach() for name, value in oracle.items()})
+                digests.append(digester.check(rank, version, live, held).digest)
+                sizes_of = stats.sent, stats.received, stats.local
+                assert (traffic.sent, traffic.received, traffic.local) == tuple(each.get(rank, 0) for each in sizes_of)
+                assert 0 < resharder.bucket_bytes_held <= 4 * bucket_bytes or not traffic.staged
+                if version == 0:
+                    buckets = {name: bucket.data_ptr() for name, bucket in resharder._buckets.items()}
+                assert {name: bucket.data_ptr() for name, bucket in resharder._buckets.items()} == buckets
+            if own_message_bytes == 1:
+                # Megatron's rows stand in runs in the engine too; only what is cut by columns must be packed
+                assert traffic.staged < 0.5 * (traffic.sent + traffic.received)
+        assert resharder.bucket_bytes_held == 0
+    return [plan.fingerprint(), digests, {name: tensor.detach() for name, tensor in held.items()}]
 
 
 def between_layouts_worker(model_dir: str, spec: ModelSpec) -> None:
@@ -111,10 +107,37 @@ def between_layouts_worker(model_dir: str, spec: ModelSpec) -> None:
     plan = make_plan(layout, grid.replicas(), target, {i: 3 - i for i in range(4)})
     held = garbage(target.shards[3 - rank], torch.float32)
     execute_plan(plan, live, held, rank, wire_dtype=torch.bfloat16, bucket_bytes=512)
-    want = expected(target.shards[3 - rank], gather_everything(layout, grid.replicas(), live))
+    gatherer = Gatherer(layout, grid.replicas(), target, 3 - rank, rank, dtype=torch.bfloat16)
+    want = garbage(target.shards[3 - rank])
+    gatherer.run(live, want)
     assert_equal(held, {name: value.float() for name, value in want.items()})
     with pytest.raises(ValueError, match="several dtypes"):
         execute_plan(plan, live, held, rank)
+
+
+def fault_worker(model_dir: str, spec: ModelSpec) -> list[list[str]]:
+    """What every rank hears of an engine that was spoiled, then of a replica that drifted, then of a wrong version."""
+    grid = RankGrid(2, 1, 2)
+    layout, engine = megatron_layout(spec, tp=2, pp=1), embedded_layout(spec)
+    rank, live = loaded(spec, model_dir, layout, grid)
+    places = grid.replicas(), engine, {0: range(4)}
+    digester = Digester(layout, *places, wire_dtype=torch.bfloat16)
+    held = garbage(engine.shards[0])
+    execute_plan(make_plan(layout, *places), live, held, rank)
+    said = []
+    spoiled = held["model.layers.1.mlp.gate_up_proj.weight"], live["decoder.layers.0.mlp.linear_fc2.weight"]
+    for where, spoil, version in ((2, spoiled[0], 5), (3, spoiled[1], 5), (0, None, 6)):
+        with torch.no_grad():
+            before = None if spoil is None else spoil[3, 3].clone()
+            if rank == where and spoil is not None:
+                spoil[3, 3] *= 2
+            with pytest.raises(DigestError) as caught:
+                digester.check(rank, version + (spoil is None and rank == 1), live, held)
+            said.append(str(caught.value))
+            if spoil is not None:
+                spoil[3, 3] = before
+    digester.check(rank, 7, live, held)
+    return said
 
 
 RESHARDS: dict[str, tuple[int, str, bool, dict, int]] = {
@@ -136,24 +159,39 @@ def resharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Model
                 folder = tmp_path_factory.mktemp("model")
                 inputs[name] = spec, random_weights(spec)
                 write_checkpoint(folder, spec, inputs[name][1])
-                kwargs = {"model_dir": str(folder), "spec": spec, "sizes": sizes, "dp": dp}
-                cases[name] = "reshard_worker", kwargs | {"bucket_bytes": [2**20, 600, 200]}
+                model = {"model_dir": str(folder), "spec": spec}
+                cases[name] = "reshard_worker", model | {"sizes": sizes, "dp": dp}
                 if sizes == TP2_PP2:
-                    cases["between layouts"] = "between_layouts_worker", {"model_dir": str(folder), "spec": spec}
-        done = launch(world, cases)
-        results |= {name: (*inputs[name], done[name]) for name in inputs}
+                    cases["between layouts"] = "between_layouts_worker", model
+                if dp == 2:
+                    cases["faults"] = "fault_worker", model
+        done = launch(__name__, world, cases)
+        results |= {name: (*inputs.get(name, ()), done[name]) for name in cases}
     return results
 
 
 @pytest.mark.parametrize("case", list(RESHARDS))
 def test_megatron_ranks_fill_an_engine_on_every_rank_with_the_checkpoint(case: str, resharded: dict) -> None:
-    """The ranks also check: against gathering everything, three successive updates, traffic against the plan."""
+    """The ranks also check: against gathering everything, six successive updates, traffic against the plan."""
     spec, weights, ranks = resharded[case]
     want = expected(embedded_layout(spec).shards[0], weights)
     assert len(ranks) == RESHARDS[case][0]
-    for fingerprint, held in ranks:
-        assert fingerprint == ranks[0][0]
+    for fingerprint, digests, held in ranks:
+        assert (fingerprint, digests) == (ranks[0][0], ranks[0][1])
+        assert digests[0::2] == [digests[0]] * 3 and digests[1::2] == [digests[1]] * 3 and digests[0] != digests[1]
         assert_equal(held, want)
+
+
+def test_every_rank_hears_which_tensor_rank_and_version_is_wrong(resharded: dict) -> None:
+    (ranks,) = resharded["faults"]
+    assert len(ranks) == 4
+    assert all(said == ranks[0] for said in ranks)
+    engine, replica, version = ranks[0]
+    assert "version 5 did not arrive" in engine
+    assert "'model.layers.1.mlp.gate_proj.weight' [0:12, 0:12] on rank 2 " in engine
+    assert "version 5 differ between data-parallel replicas" in replica
+    assert "'model.layers.0.mlp.down_proj.weight'" in replica and "on rank 1 is not that on rank 3" in replica
+    assert version == "rank 1 publishes version 7, rank 0 version 6"
 
 
 def test_one_process_without_a_group_copies_locally() -> None:
@@ -168,7 +206,31 @@ def test_one_process_without_a_group_copies_locally() -> None:
     assert (traffic.sent, traffic.received, traffic.local) == (0, 0, 2 * spec.num_parameters())
 
 
-def test_tensors_that_do_not_fit_the_plan_are_refused_instead_of_broadcast() -> None:
+def test_parameters_that_both_sides_share_are_left_in_place() -> None:
+    """Norms and embedding are one tensor on both sides; all others are two, and are copied."""
+    spec = small_spec("qwen2")
+    weights = random_weights(spec)
+    source, engine = megatron_layout(spec, tp=1, pp=1), embedded_layout(spec)
+    live, held = expected(source.shards[0], weights), garbage(engine.shards[0])
+    held["model.norm.weight"] = live["decoder.final_layernorm.weight"]
+    held["model.embed_tokens.weight"] = live["embedding.word_embeddings.weight"]
+    plan = make_plan(source, {0: [0]}, engine, {0: 0})
+    traffic = execute_plan(plan, live, held, 0)
+    assert traffic.shared == 2 * (spec.hidden_size + spec.vocab_size * spec.hidden_size)
+    assert traffic.local + traffic.shared == 2 * spec.num_parameters()
+    assert_equal(held, expected(engine.shards[0], weights))
+
+
+def test_shared_parameters_wider_than_the_wire_are_rounded_as_if_they_had_travelled() -> None:
+    layout = hf_layout(small_spec("llama"))
+    live = {name: torch.rand(shape) for name, shape in layout.shards[0].params}
+    want = {name: value.bfloat16().float() for name, value in live.items()}
+    traffic = execute_plan(make_plan(layout, {0: [0]}, layout, {0: 0}), live, live, 0, wire_dtype=torch.bfloat16)
+    assert traffic.shared == 0
+    assert_equal(live, want)
+
+
+def test_tensors_that_do_not_fit_the_plan_are_refused_before_anything_is_written() -> None:
     spec = small_spec("qwen2")
     source, engine = megatron_layout(spec, tp=1, pp=1), embedded_layout(spec)
     plan = make_plan(source, {0: [0]}, engine, {0: 0})
@@ -176,21 +238,32 @@ def test_tensors_that_do_not_fit_the_plan_are_refused_instead_of_broadcast() -> 
     live["decoder.final_layernorm.weight"] = torch.zeros(1, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"'decoder\.final_layernorm\.weight' has shape \(1,\)"):
         execute_plan(plan, live, held, 0)
+    del held["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' of the plan is not among the tensors"):
+        execute_plan(plan, garbage(source.shards[0]), held, 0)
+    assert all(value.isnan().all() for value in held.values())
 
 
-def test_messages_stay_within_the_bucket_and_both_ends_cut_alike() -> None:
+@pytest.mark.parametrize("own_message", [1, 40, 10**6])
+def test_messages_stay_within_the_bucket_and_both_ends_cut_alike(own_message: int) -> None:
     spec = small_spec("qwen2")
     grid = RankGrid(2, 2, 2)
     plan = make_plan(megatron_layout(spec, **TP2_PP2), grid.replicas(), embedded_layout(spec), {0: range(8)})
     bucket = 200
-    schedules = [_schedule(plan, rank, bucket) for rank in range(8)]
+
+    def sizes(message: Message) -> list[int]:
+        return [rect_size(part.rect) for part in message]
+
+    schedules = [make_schedule(plan, rank, bucket, own_message) for rank in range(8)]
     for rank, schedule in enumerate(schedules):
         for number, current in enumerate(schedule.rounds):
             for messages in (current.sends, current.recvs):
-                assert sum(rect_size(part.rect) for parts in messages.values() for part in parts) <= bucket
-            for peer, parts in current.sends.items():
-                theirs = schedules[peer].rounds[number].recvs[rank]
-                assert [rect_size(part.rect) for part in parts] == [rect_size(part.rect) for part in theirs]
+                assert sum(sum(sizes(message)) for queue in messages.values() for message in queue) <= bucket
+                for queue in messages.values():
+                    assert all(len(message) == 1 or max(sizes(message)) < own_message for message in queue)
+                    assert sum(max(sizes(message)) < own_message for message in queue) <= 1
+            for peer, queue in current.sends.items():
+                assert list(map(sizes, queue)) == list(map(sizes, schedules[peer].rounds[number].recvs[rank]))
 
 
 @pytest.mark.parametrize("limit", [1, 3, 5, 6, 12, 1000])
@@ -202,183 +275,26 @@ def test_split_rect_covers_everything_once_in_order(limit: int) -> None:
     assert torch.equal(got, tensor.reshape(-1))
 
 
-def export_worker(
-    model_dir: str, spec: ModelSpec, sizes: dict, dp: int, out_dir: str, options: dict, fail_on: int | None = None
-) -> str | None:
-    layout, grid = megatron_layout(spec, **sizes), RankGrid(sizes["tp"], sizes["pp"], dp)
-    rank, live = loaded(spec, model_dir, layout, grid)
-    common = {"rank": rank, "model_dir": model_dir, "reward_model": sizes.get("reward_model", False)}
-    with pytest.MonkeyPatch.context() as patch:
-        if fail_on == rank:
-            patch.setattr("megatron_oreal.layout.export.save_file", _disk_full)
-        try:
-            export_hf(out_dir, spec, layout, grid.replicas(), live, **common, **options)
-        except (UserError, RuntimeError, OSError) as failure:
-            return f"{type(failure).__name__}: {failure}"
-    return None
+class _Recorder(SafetensorsSource):
+    """A source that remembers what was read from it."""
+
+    def __init__(self, model_dir: Path) -> None:
+        super().__init__(model_dir)
+        self.read_order: list[str] = []
+
+    def read(self, name: str, rect: Rect) -> Tensor:
+        self.read_order.append(name)
+        return super().read(name, rect)
 
 
-def _disk_full(*_: object, **__: object) -> None:
-    raise OSError("No space left on device")
-
-
-def export_case(folder: Path, spec: ModelSpec, sizes: dict, dp: int = 1, **kwargs: Any) -> tuple[str, dict]:
-    """A launch of ``export_worker`` from ``folder/in`` to ``folder/out``."""
-    places = {"model_dir": str(folder / "in"), "out_dir": str(folder / "out")}
-    return "export_worker", places | {"spec": spec, "sizes": sizes, "dp": dp, "options": {}} | kwargs
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
-
-
-COPIED = {"tokenizer.json": "{}", "tokenizer_config.json": "{ }", "chat_template.jinja": "{{x}}", "merges.txt": "a b"}
-NOT_COPIED = {"README.md": "of the original", "pytorch_model.bin": "old"}
-EXPORTS: dict[str, tuple[str, bool, dict, int]] = {
-    "qwen2 tied TP2 PP2": ("qwen2", True, TP2_PP2, 1),
-    "qwen3 TP2 PP2 VPP2": ("qwen3", False, TP2_PP2 | {"vpp": 2}, 1),
-    "llama DP4": ("llama", False, {"tp": 1, "pp": 1}, 4),
-    "reward model": ("qwen2", True, TP2_PP2 | {"reward_model": True}, 1),
-}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, ModelSpec, dict[str, Tensor], list]]:
-    cases, inputs = {}, {}
-    for name, (family, tied, sizes, dp) in EXPORTS.items():
-        spec = small_spec(family, tied=tied)
-        folder = tmp_path_factory.mktemp("export")
-        weights = random_weights(spec, reward_model=name == "reward model")
-        write_checkpoint(folder / "in", spec, weights, files=2)
-        for file, text in (COPIED | NOT_COPIED).items():
-            (folder / "in" / file).write_text(text)
-        options: dict[str, Any] = {"max_shard_bytes": 3000, "bucket_bytes": 1000}
-        if name == "reward model":
-            options = {"dtype": torch.float32, "writers": [2]}
-        cases[name] = export_case(folder, spec, sizes, dp, options=options)
-        inputs[name] = folder / "out", spec, weights
-    done = launch(4, cases)
-    return {name: (*inputs[name], done[name]) for name in cases}
-
-
-@pytest.mark.parametrize("case", [name for name in EXPORTS if name != "reward model"])
-def test_export_is_the_original_bit_for_bit_and_transformers_reads_it(case: str, exported: dict) -> None:
-    out, spec, weights, errors = exported[case]
-    assert errors == [None] * 4
-    assert_equal(stored(out), weights)
-    assert all((out / name).read_text() == text for name, text in COPIED.items())
-    assert not any((out / name).exists() for name in NOT_COPIED)
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 2 * spec.num_parameters()
-    for tensor, file in index["weight_map"].items():
-        with safe_open(out / file, "pt") as opened:
-            assert tensor in opened.keys()  # noqa: SIM118
-    assert load_model_spec(out) == spec
-    assert not list(out.parent.glob(".*"))
-
-    import transformers
-
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert model.dtype == torch.bfloat16
-    name = "model.layers.3.self_attn.k_proj.weight"
-    assert torch.equal(model.state_dict()[name], weights[name])
-
-
-def test_exported_reward_model_is_a_sequence_classifier_in_the_asked_dtype(exported: dict) -> None:
-    out, spec, weights, errors = exported["reward model"]
-    assert errors == [None] * 4
-    assert sorted(path.name for path in out.glob("*.safetensors*")) == ["model.safetensors"]
-    assert_equal(stored(out), {name: value.float() for name, value in weights.items()})
-    assert load_model_spec(out) == spec
-
-    import transformers
-
-    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert model.dtype == torch.float32
-    assert torch.equal(model.score.weight, weights["score.weight"].float())
-
-
-def test_export_that_cannot_succeed_fails_on_every_rank_and_a_retry_succeeds(tmp_path: Path) -> None:
-    spec, sizes = small_spec("llama"), {"tp": 2, "pp": 1}
-    weights = random_weights(spec)
-    for folder in ("full", "taken"):
-        write_checkpoint(tmp_path / folder / "in", spec, weights)
-    (tmp_path / "taken" / "out").mkdir()
-    (tmp_path / "taken" / "out" / "keep").write_text("precious")
-    options = {"max_shard_bytes": 3000}
-    done = launch(
-        2,
-        {
-            "taken": export_case(tmp_path / "taken", spec, sizes),
-            "disk full": export_case(tmp_path / "full", spec, sizes, options=options, fail_on=1),
-            "look": ("listing", {"folder": str(tmp_path / "full")}),
-            "retry": export_case(tmp_path / "full", spec, sizes, options=options),
-        },
-    )
-    assert all(error.startswith("UserError: ") and "already exists" in error for error in done["taken"])
-    assert [path.name for path in (tmp_path / "taken" / "out").iterdir()] == ["keep"]
-    assert done["disk full"] == [
-        "RuntimeError: export failed on rank 1: No space left on device",
-        "OSError: No space left on device",
-    ]
-    assert done["look"][0] == [".out.incomplete", "in"]
-    assert done["retry"] == [None, None]
-    assert_equal(stored(tmp_path / "full" / "out"), weights)
-
-
-def listing(folder: str) -> list[str]:
-    names = sorted(path.name for path in Path(folder).iterdir())
-    dist.barrier()
-    return names
-
-
-def test_killed_export_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
-    spec = small_spec("llama", layers=8)
-    weights = random_weights(spec)
-    write_checkpoint(tmp_path / "in", spec, weights)
-    folder = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": f"{folder}:{folder.parent}", "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".out.incomplete/*.safetensors")):
-            assert child.poll() is None, "the export ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.incomplete").exists()
-    export_alone(tmp_path, spec, weights)
-    assert_equal(stored(tmp_path / "out"), weights)
-    assert not (tmp_path / ".out.incomplete").exists()
-
-
-def export_alone(tmp_path: Path, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
-    layout = megatron_layout(spec, tp=1, pp=1, vocab_divisor=8)
-    live = expected(layout.shards[0], weights)
-    export_hf(
-        tmp_path / "out", spec, layout, {0: [0]}, live, rank=0, model_dir=tmp_path / "in", max_shard_bytes=2000
-    )  # fmt: skip
-
-
-def _export_slowly(tmp_path: Path) -> None:
-    import megatron_oreal.layout.export as room
-
-    save = room.save_file
-
-    def slow(*args: Any, **kwargs: Any) -> None:
-        save(*args, **kwargs)
-        time.sleep(0.5)
-
-    room.save_file = slow
-    spec = small_spec("llama", layers=8)
-    export_alone(tmp_path, spec, random_weights(spec))
-
-
-if __name__ == "__main__":
-    _export_slowly(Path(sys.argv[1]))
+def test_a_rank_reads_a_file_from_its_beginning_to_its_end(tmp_path: Path) -> None:
+    spec = small_spec("qwen2", layers=12)
+    write_checkpoint(tmp_path, spec, random_weights(spec))
+    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
+        stored = {name: place for place, name in enumerate(opened.offset_keys())}
+    for shard in megatron_layout(spec, tp=2, pp=1).shards:
+        with _Recorder(tmp_path) as source:
+            load_from_hf(source, shard, garbage(shard))
+        places = [stored[name] for name in source.read_order]
+        assert places == sorted(places)
+        assert len(set(places)) == len(stored)

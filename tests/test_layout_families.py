@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from test_layout_megatron import FAMILIES, small_spec
+from test_layout_megatron import FAMILIES, place, small_spec, unique_values
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout import hf_tensors, load_model_spec
+from megatron_oreal.layout import (
+    Layout,
+    embedded_layout,
+    hf_layout,
+    hf_tensors,
+    load_model_spec,
+    megatron_layout,
+    sglang_layout,
+)
+from megatron_oreal.layout.families import ARCHITECTURES, FAMILY_LAYERS
 from megatron_oreal.layout.model_spec import ModelSpec, model_spec_from_config
 
-PREFIX = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+PREFIX = {family: name.removesuffix("ForCausalLM") for name, family in ARCHITECTURES.items()}
 
 
 def transformers_config(spec: ModelSpec, kind: str = "ForCausalLM") -> transformers.PretrainedConfig:
@@ -51,12 +62,91 @@ def test_names_and_shapes_are_those_of_transformers(family: str, tied: bool) -> 
     assert spec.num_parameters() == sum(torch.Size(shape).numel() for shape in hf_tensors(spec).values())
 
 
+def test_every_family_has_an_architecture_and_the_tests_go_over_all_of_them() -> None:
+    assert sorted(FAMILIES) == sorted(FAMILY_LAYERS) == sorted(ARCHITECTURES.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_covers_every_hf_tensor_and_fills_every_parameter_once(family: str, tied: bool) -> None:
+    """A family's table is complete for every layout: nothing is left out, put down twice, or filled twice."""
+    spec = small_spec(family, tied=tied, heads=8, kv_heads=2)
+    table = spec.vocab_size * spec.hidden_size
+    for reward_model in (False, True):
+        # a layout, and how many of its elements are held once more; None under TP, where norms and KV heads may be
+        layouts: list[tuple[Layout, int | None]] = [(hf_layout(spec, reward_model=reward_model), 0)]
+        for tp, (pp, vpp), impl in itertools.product((1, 2, 4), ((1, None), (2, 2)), ("local", "transformer_engine")):
+            layout = megatron_layout(spec, tp=tp, pp=pp, vpp=vpp, transformer_impl=impl, reward_model=reward_model)
+            second_embedding = table if tied and pp > 1 and not reward_model else 0
+            layouts.append((layout, second_embedding if tp == 1 else None))
+        if not reward_model:
+            layouts += [(embedded_layout(spec), 0), (sglang_layout(spec, tp=1), 0)]
+            layouts += [(sglang_layout(spec, tp=tp), None) for tp in (2, 4)]
+        hf = unique_values(spec, reward_model)
+        everything = np.concatenate([value.ravel() for value in hf.values()])
+        for layout, repeated in layouts:
+            shards = place(layout, hf)  # fails where an element of a parameter is filled twice, or never
+            held = np.concatenate([value.ravel() for arrays in shards for value in arrays.values()])
+            held = held[held != 0]
+            np.testing.assert_array_equal(np.unique(held), np.sort(everything), err_msg=layout.label)
+            assert repeated is None or len(held) == len(everything) + repeated, layout.label
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_spec_is_read_back_from_a_config_that_transformers_wrote(family: str, tmp_path: Path) -> None:
     spec = small_spec(family, tied=True)
     for kind in ("ForCausalLM", "ForSequenceClassification"):
         transformers_config(spec, kind).save_pretrained(tmp_path)
         assert load_model_spec(tmp_path) == spec
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+PUBLISHED = {
+    # architecture, layers, hidden, ffn, heads, kv heads, vocabulary, tied, extra keys as published, parameters
+    "Qwen2.5-7B-Instruct": ("Qwen2", 28, 3584, 18944, 28, 4, 152064, False, {"sliding_window": 131072,
+        "use_sliding_window": False, "max_window_layers": 28, "use_mrope": False}, 7_615_616_512),
+    "Qwen2.5-32B": ("Qwen2", 64, 5120, 27648, 40, 8, 152064, False, {"use_sliding_window": False}, 32_763_876_352),
+    "Qwen2.5-0.5B": ("Qwen2", 24, 896, 4864, 14, 2, 151936, True, {}, 494_032_768),
+    "DeepSeek-R1-Distill-Qwen-1.5B": ("Qwen2", 28, 1536, 8960, 12, 2, 151936, False,
+        {"rope_theta": 10000, "use_mrope": False}, 1_777_088_000),
+    "DeepSeek-R1-Distill-Qwen-7B": ("Qwen2", 28, 3584, 18944, 28, 4, 152064, False, {"rope_theta": 10000},
+        7_615_616_512),
+    "Qwen3-8B": ("Qwen3", 36, 4096, 12288, 32, 8, 151936, False, {"attention_bias": False, "head_dim": 128,
+        "rope_theta": 1000000}, 8_190_735_360),
+    "Qwen3-0.6B": ("Qwen3", 28, 1024, 3072, 16, 8, 151936, True, {"attention_bias": False, "head_dim": 128},
+        596_049_920),
+    "Llama-3.1-8B": ("Llama", 32, 4096, 14336, 32, 8, 128256, False, {"attention_bias": False, "mlp_bias": False,
+        "pretraining_tp": 1, "rope_theta": 500000.0, "rope_scaling": LLAMA3}, 8_030_261_248),
+    "DeepSeek-R1-Distill-Llama-8B": ("Llama", 32, 4096, 14336, 32, 8, 128256, False, {"rope_scaling": LLAMA3,
+        "rope_theta": 500000.0}, 8_030_261_248),
+    "SmolLM2-135M": ("Llama", 30, 576, 1536, 9, 3, 49152, True, {"is_llama_config": True, "rope_interleaved": False,
+        "rope_scaling": None, "rope_theta": 100000}, 134_515_008),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_number_of_parameters(name: str) -> None:
+    prefix, layers, hidden, ffn, heads, kv_heads, vocab, tied, extra, parameters = PUBLISHED[name]
+    config = {
+        "architectures": [f"{prefix}ForCausalLM"],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 32768,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+    }
+    spec = model_spec_from_config(config | extra)
+    assert spec.num_parameters() == parameters
+    for tp in (1, kv_heads):
+        shards = megatron_layout(spec, tp=tp, pp=1).shards
+        norms = sum(np.prod(shape) for param, shape in shards[0].params if "norm" in param)
+        assert sum(shard.num_elements() for shard in shards) == parameters + (tp - 1) * norms
 
 
 @pytest.mark.parametrize(
@@ -71,6 +161,11 @@ def test_spec_is_read_back_from_a_config_that_transformers_wrote(family: str, tm
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "key 'factor' is missing"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"architectures": ["LlamaForCausalLM"], "attention_bias": True}, "attention_bias=true"),
+        (
+            {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "bad", "1": "good"}},
+            "2 labels is not a reward model",
+        ),
     ],
 )
 def test_configs_that_cannot_be_described_are_one_line_errors(change: dict, message: str) -> None:

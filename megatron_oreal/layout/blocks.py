@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 def rect_size(rect: Rect) -> int:
     """Elements in a rectangle."""
-    return math.prod(stop - start for start, stop in rect)
+    return math.prod([stop - start for start, stop in rect])
 
 
 def full_rect(shape: Shape) -> Rect:
@@ -154,6 +154,17 @@ def cut_rows(pieces: Iterable[Rows], start: int, stop: int) -> list[Rows]:
         top += len(piece)
     assert 0 <= start <= stop <= top, f"rows [{start}, {stop}) of a stack of {top}"
     return cut
+
+
+def even_rows(stack: Sequence[Rows], rank: int, count: int) -> list[Rows]:
+    """Return the ``rank``-th of ``count`` equal runs of rows of a stack."""
+    height = sum(map(len, stack)) // count
+    return cut_rows(stack, rank * height, (rank + 1) * height)
+
+
+def vocab_rows(table: Rows, padded_size: int, rank: int, count: int) -> list[Rows]:
+    """Return the ``rank``-th of ``count`` equal runs of a vocabulary table with zero rows up to ``padded_size``."""
+    return even_rows([table, Rows(None, table.shape, 0, padded_size - len(table))], rank, count)
 
 
 class ShardBuilder:

@@ -1,64 +1,209 @@
-"""Carry out what layouts and plans say: read a rank's own bytes from a checkpoint, move rectangles between ranks."""
+"""Carry out plans between ranks: batched point-to-point through buckets that are kept from one run to the next."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.layout.blocks import Rect, Shape, ShardLayout, rect_size, shift, to_slices
-from megatron_oreal.layout.hf import SafetensorsSource
-from megatron_oreal.layout.plan import Copy, Plan
+from megatron_oreal.layout.blocks import Rect, to_slices
+from megatron_oreal.layout.plan import Plan
+from megatron_oreal.layout.schedule import Message, make_schedule
 
 DEFAULT_BUCKET_BYTES = 256 * 2**20
-
-
-@torch.no_grad()
-def load_from_hf(
-    source: SafetensorsSource,
-    shard: ShardLayout,
-    tensors: Mapping[str, Tensor],
-    *,
-    missing_ok: Collection[str] = frozenset(),
-) -> None:
-    """Fill a rank's live parameters in place, reading only the rectangles that the rank holds.
-
-    ``tensors``: every parameter of ``shard`` by its key, any device and float dtype (values are cast). Padding gets
-    zeros, and so does what would come from an HF tensor of ``missing_ok`` that the checkpoint does not have
-    (``score.weight`` when a reward model starts from a policy). Nothing is written before all were found to fit.
-
-    Raises ``UserError`` naming the file and the tensor when the checkpoint does not fit the shard, ``ValueError`` when
-    ``tensors`` does not.
-    """
-    shard.check_tensors(tensors, "load")
-    absent = {name for name, _ in shard.tensors if name in missing_ok and name not in source}
-    for name, shape in shard.tensors:
-        if name not in absent:
-            source.check(name, shape)
-    for block in shard.blocks:
-        target = tensors[block.param][to_slices(block.dest)]
-        if block.tensor in absent:
-            target.zero_()
-        else:
-            target.copy_(source.read(block.tensor, block.source))
-    _zero(tensors, shard.padding)
+OWN_MESSAGE_BYTES = 2**18
+"""From this size on a part travels alone: two more calls cost less than copying it into and out of a bucket."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that this rank sent, received and copied within itself."""
+    """Bytes on the wire that this rank sent, received and copied within itself; ``shared``: those already in place.
+
+    ``staged``: of those sent and received, the bytes that went through a bucket instead of straight from or to a
+    parameter.
+    """
 
     sent: int
     received: int
     local: int
+    shared: int = 0
+    staged: int = 0
 
 
-@torch.no_grad()
+class Resharder:
+    """Executes one plan on one rank, again and again; made once, by every rank of the plan with the same options.
+
+    ``rank`` is the global rank. Values cross in ``wire_dtype`` and are cast on arrival; rectangles that stay on a rank
+    are rounded as if they had travelled. A rectangle that travels alone (from ``own_message_bytes`` on) and is
+    contiguous, of that dtype and on the wire's device is sent from the parameter itself, or received into it. All
+    others pass through two buckets to send and two to receive, of at most ``bucket_bytes`` each (at least an element
+    for each peer), allocated by the first ``run`` and kept until ``release``, after which a ``run`` allocates them
+    again. A context manager that releases them.
+
+    The messages of a round are all posted before any is waited for, and both sides derive the rounds from the plan:
+    there is no order in which ranks could wait for each other in a circle. On CUDA everything is queued on the current
+    stream and the communicator's, and the host waits for neither. Without remote copies no process group is needed;
+    ``group`` must have done a collective before (NCCL's condition).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        wire_dtype: torch.dtype,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        own_message_bytes: int = OWN_MESSAGE_BYTES,
+    ) -> None:
+        size = wire_dtype.itemsize
+        self.plan, self.rank, self.group, self.wire_dtype = plan, rank, group, wire_dtype
+        self.schedule = make_schedule(plan, rank, bucket_bytes // size, max(1, own_message_bytes // size))
+        self._buckets: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Resharder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the buckets' memory back to the allocator. Idempotent."""
+        self._buckets.clear()
+
+    @property
+    def bucket_bytes_held(self) -> int:
+        """Bytes of staging that are allocated now."""
+        return sum(bucket.nbytes for bucket in self._buckets.values())
+
+    @torch.no_grad()
+    def run(self, src_tensors: Mapping[str, Tensor], dst_tensors: Mapping[str, Tensor]) -> Traffic:
+        """Do this rank's part; ``src_tensors`` and ``dst_tensors`` are its shards (empty where it has none).
+
+        A rectangle whose source and destination are the same memory is left as it is. Raises ``ValueError`` for a
+        tensor that is missing or does not have the plan's shape, before anything is written or sent.
+        """
+        size, schedule = self.wire_dtype.itemsize, self.schedule
+        device = self._wire_device(src_tensors, dst_tensors)
+        rounds = [
+            (self._bind(each.sends, src_tensors, device), self._bind(each.recvs, dst_tensors, device))
+            for each in schedule.rounds
+        ]
+        copies = [
+            (_view(src_tensors, copy.src_param, copy.src_rect), _view(dst_tensors, copy.dst_param, copy.dst_rect))
+            for copy in schedule.local
+        ]
+        padding = [_view(dst_tensors, name, rect) for name, rect in self.plan.zeros.get(self.rank, ())]
+        for view in padding:
+            view.zero_()
+        local, shared = self._copy(copies)
+        staged = self._exchange(rounds, device)
+        return Traffic(schedule.sent * size, schedule.received * size, local * size, shared * size, staged * size)
+
+    def _copy(self, copies: list[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+        """Copy within the rank; returns elements copied, and elements that were in place."""
+        copied = shared = 0
+        for source, dest in copies:
+            if _same_memory(source, dest) and source.dtype == self.wire_dtype:
+                shared += source.numel()
+                continue
+            dest.copy_(source.to(self.wire_dtype))
+            copied += source.numel()
+        return copied, shared
+
+    def _exchange(self, rounds: list[tuple[list[_Bound], list[_Bound]]], device: torch.device) -> int:
+        """Send and receive round by round, one in flight while the next is packed; returns the elements staged."""
+        self._allocate(rounds, device)
+        flying: list[dist.Work] = []
+        landed: list[_Bound] = []
+        for number, (sends, recvs) in enumerate(rounds):
+            self._place(sends, f"send {number % 2}")
+            self._place(recvs, f"recv {number % 2}")
+            for each in sends:
+                each.pack()
+            ops = [dist.P2POp(dist.irecv, each.wire, each.peer, self.group) for each in recvs]
+            ops += [dist.P2POp(dist.isend, each.wire, each.peer, self.group) for each in sends]
+            posted = dist.batch_isend_irecv(ops) if ops else []
+            _finish(flying, landed)
+            flying, landed = posted, recvs
+        _finish(flying, landed)
+        return sum(each.staged for sides in rounds for side in sides for each in side)
+
+    def _bind(
+        self, messages: Mapping[int, list[Message]], tensors: Mapping[str, Tensor], device: torch.device
+    ) -> list[_Bound]:
+        bound = []
+        for peer, queue in messages.items():
+            for message in queue:
+                views = [_view(tensors, part.param, part.rect) for part in message]
+                alone = len(views) == 1 and views[0].is_contiguous()
+                direct = alone and views[0].dtype == self.wire_dtype and views[0].device == device
+                bound.append(_Bound(peer, views, views[0] if direct else None))
+        return bound
+
+    def _allocate(self, rounds: list[tuple[list[_Bound], list[_Bound]]], device: torch.device) -> None:
+        for slot in range(2):
+            for name, side in (("send", 0), ("recv", 1)):
+                need = max((sum(each.staged for each in both[side]) for both in rounds[slot::2]), default=0)
+                held = self._buckets.get(f"{name} {slot}")
+                if held is None or held.numel() < need or held.device != device:
+                    self._buckets[f"{name} {slot}"] = torch.empty(need, dtype=self.wire_dtype, device=device)
+
+    def _place(self, messages: list[_Bound], bucket: str) -> None:
+        """Give every message that cannot travel straight its stretch of the bucket."""
+        begin = 0
+        for each in messages:
+            if each.staged:
+                each.stage = self._buckets[bucket][begin : begin + each.staged]
+                begin += each.staged
+
+    def _wire_device(self, *sides: Mapping[str, Tensor]) -> torch.device:
+        """Pick the device of the tensors, unless the group is gloo's, which sends from host memory."""
+        host = torch.device("cpu")
+        if not dist.is_initialized() or dist.get_backend(self.group) == "gloo":
+            return host
+        devices = (tensor.device for tensors in sides for tensor in tensors.values())
+        return next((device for device in devices if device.type != "cpu"), host)
+
+
+class _Bound:
+    """A message on this end: the views of its parts, and the one of them or the stretch of a bucket that travels."""
+
+    def __init__(self, peer: int, views: list[Tensor], direct: Tensor | None) -> None:
+        self.peer, self.views, self.direct = peer, views, direct
+        self.staged = 0 if direct is not None else sum(view.numel() for view in views)
+        self.stage: Tensor | None = None
+
+    @property
+    def wire(self) -> Tensor:
+        """What travels, as bytes, which every backend can send."""
+        whole = self.direct if self.direct is not None else self.stage
+        assert whole is not None
+        return whole.detach().view(-1).view(torch.uint8)
+
+    def pack(self) -> None:
+        for view, stretch in self._stretches():
+            stretch.copy_(view)
+
+    def unpack(self) -> None:
+        for view, stretch in self._stretches():
+            view.copy_(stretch)
+
+    def _stretches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        if self.stage is None:
+            return
+        begin = 0
+        for view in self.views:
+            yield view, self.stage[begin : begin + view.numel()].view(view.shape)
+            begin += view.numel()
+
+
 def execute_plan(
     plan: Plan,
     src_tensors: Mapping[str, Tensor],
@@ -69,156 +214,16 @@ def execute_plan(
     wire_dtype: torch.dtype | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> Traffic:
-    """Do this rank's part of a plan; every rank of the plan must call it with the same plan and options.
-
-    ``rank`` is the global rank; ``src_tensors`` and ``dst_tensors`` are its shards of both layouts (empty where it has
-    none). Values cross in ``wire_dtype`` and are cast on arrival; by default the one dtype that all tensors have.
-    Staging takes at most ``4 * bucket_bytes`` (two buckets to send, two to receive); a bucket holds at least an
-    element for each peer. Without remote copies no process group is needed; ``group`` must have done a collective
-    before (NCCL's condition).
-
-    The messages of a round are all posted before any is waited for, and both sides derive the rounds from the plan:
-    there is no order in which ranks could wait for each other in a circle.
-    """
+    """Do this rank's part of a plan once (``Resharder.run``); ``wire_dtype``: by default the one of all tensors."""
     dtype = wire_dtype or _common_dtype(plan, src_tensors, dst_tensors, rank)
-    schedule = _schedule(plan, rank, bucket_bytes // dtype.itemsize)
-    _zero(dst_tensors, plan.zeros.get(rank, ()))
-    for copy in schedule.local:
-        value = _view(src_tensors, copy.src_param, copy.src_rect)
-        _view(dst_tensors, copy.dst_param, copy.dst_rect).copy_(value.to(dtype))  # rounded as if it had travelled
-    staging = _Staging(schedule, dtype, _staging_device(src_tensors, dst_tensors, group))
-    flying: list[dist.Work] = []
-    for number, current in enumerate(schedule.rounds):
-        ops = staging.pack(number, current, src_tensors, group)
-        posted = dist.batch_isend_irecv(ops) if ops else []
-        if number:
-            _wait(flying)
-            staging.unpack(number - 1, schedule.rounds[number - 1], dst_tensors)
-        flying = posted
-    _wait(flying)
-    if schedule.rounds:
-        staging.unpack(len(schedule.rounds) - 1, schedule.rounds[-1], dst_tensors)
-    size = dtype.itemsize
-    return Traffic(schedule.sent * size, schedule.received * size, schedule.local_elements * size)
+    return Resharder(plan, rank, group, wire_dtype=dtype, bucket_bytes=bucket_bytes).run(src_tensors, dst_tensors)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A rectangle of one parameter in a message."""
-
-    param: str
-    rect: Rect
-
-
-@dataclass(slots=True)
-class _Round:
-    """One message to and from each peer, as the parts in the order in which they are packed."""
-
-    sends: dict[int, list[_Part]] = field(default_factory=dict)
-    recvs: dict[int, list[_Part]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Schedule:
-    local: list[Copy] = field(default_factory=list)
-    rounds: list[_Round] = field(default_factory=list)
-    sent: int = 0
-    received: int = 0
-    local_elements: int = 0
-
-
-@lru_cache(maxsize=8)
-def _schedule(plan: Plan, rank: int, bucket_elements: int) -> _Schedule:
-    """Cut a rank's copies into messages. Both ends of a pair cut alike: the limit depends on the plan alone."""
-    limit = max(1, bucket_elements // max(1, plan.max_peers))
-    schedule = _Schedule()
-    place: dict[tuple[int, int], tuple[int, int]] = {}
-    for copy in plan.copies(rank):
-        if copy.src_rank == copy.dst_rank:
-            schedule.local.append(copy)
-            schedule.local_elements += rect_size(copy.src_rect)
-            continue
-        pair = copy.src_rank, copy.dst_rank
-        for part in split_rect(tuple(stop - start for start, stop in copy.src_rect), limit):
-            size = rect_size(part)
-            number, used = place.get(pair, (0, 0))
-            if used + size > limit:
-                number, used = number + 1, 0
-            place[pair] = number, used + size
-            while len(schedule.rounds) <= number:
-                schedule.rounds.append(_Round())
-            current = schedule.rounds[number]
-            if copy.src_rank == rank:
-                rect = shift(part, (start for start, _ in copy.src_rect))
-                current.sends.setdefault(copy.dst_rank, []).append(_Part(copy.src_param, rect))
-                schedule.sent += size
-            else:
-                rect = shift(part, (start for start, _ in copy.dst_rect))
-                current.recvs.setdefault(copy.src_rank, []).append(_Part(copy.dst_param, rect))
-                schedule.received += size
-    return schedule
-
-
-def split_rect(shape: Shape, limit: int) -> Iterator[Rect]:
-    """Cut a tensor of ``shape`` into rectangles of at most ``limit`` elements, in row-major order."""
-    inner = math.prod(shape[1:])
-    step = max(1, limit // inner)
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        if len(shape) == 1 or (stop - start) * inner <= limit:
-            yield ((start, stop), *((0, size) for size in shape[1:]))
-        else:
-            for rest in split_rect(shape[1:], limit):
-                yield ((start, stop), *rest)
-
-
-class _Staging:
-    """Two send and two receive buffers, used in turn, so that a round is packed while the one before is on the wire."""
-
-    def __init__(self, schedule: _Schedule, dtype: torch.dtype, device: torch.device) -> None:
-        sends = max((_elements(each.sends) for each in schedule.rounds), default=0)
-        recvs = max((_elements(each.recvs) for each in schedule.rounds), default=0)
-        count = min(2, len(schedule.rounds))
-        self._send = [torch.empty(sends, dtype=dtype, device=device) for _ in range(count)]
-        self._recv = [torch.empty(recvs, dtype=dtype, device=device) for _ in range(count)]
-
-    def pack(
-        self, number: int, current: _Round, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None
-    ) -> list[dist.P2POp]:
-        """Fill the send buffer of round ``number``; messages travel as bytes, which every backend can."""
-        ops = []
-        for peer, message, _ in _messages(self._recv[number % 2], current.recvs):
-            ops.append(dist.P2POp(dist.irecv, message.view(torch.uint8), peer, group))
-        for peer, message, views in _messages(self._send[number % 2], current.sends):
-            for part, view in views:
-                view.copy_(_view(tensors, part.param, part.rect))
-            ops.append(dist.P2POp(dist.isend, message.view(torch.uint8), peer, group))
-        return ops
-
-    def unpack(self, number: int, current: _Round, tensors: Mapping[str, Tensor]) -> None:
-        """Scatter what round ``number`` received."""
-        for _, _, views in _messages(self._recv[number % 2], current.recvs):
-            for part, view in views:
-                _view(tensors, part.param, part.rect).copy_(view)
-
-
-def _elements(messages: Mapping[int, list[_Part]]) -> int:
-    return sum(rect_size(part.rect) for parts in messages.values() for part in parts)
-
-
-def _messages(
-    buffer: Tensor, messages: Mapping[int, list[_Part]]
-) -> Iterator[tuple[int, Tensor, list[tuple[_Part, Tensor]]]]:
-    """Each peer's stretch of the buffer, and in it each part in its own shape."""
-    end = 0
-    for peer, parts in messages.items():
-        begin = end
-        views = []
-        for part in parts:
-            size = rect_size(part.rect)
-            views.append((part, buffer[end : end + size].view([stop - start for start, stop in part.rect])))
-            end += size
-        yield peer, buffer[begin:end], views
+def _finish(works: list[dist.Work], landed: list[_Bound]) -> None:
+    for work in works:
+        work.wait()
+    for each in landed:
+        each.unpack()
 
 
 def _view(tensors: Mapping[str, Tensor], name: str, rect: Rect) -> Tensor:
@@ -230,14 +235,14 @@ def _view(tensors: Mapping[str, Tensor], name: str, rect: Rect) -> Tensor:
     return tensors[name][to_slices(rect)]
 
 
-def _zero(tensors: Mapping[str, Tensor], rects: tuple[tuple[str, Rect], ...]) -> None:
-    for name, rect in rects:
-        _view(tensors, name, rect).zero_()
-
-
-def _wait(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+    )
 
 
 def _common_dtype(plan: Plan, src: Mapping[str, Tensor], dst: Mapping[str, Tensor], rank: int) -> torch.dtype:
@@ -247,14 +252,3 @@ def _common_dtype(plan: Plan, src: Mapping[str, Tensor], dst: Mapping[str, Tenso
             f"{plan.label}: tensors of rank {rank} have several dtypes {sorted(map(str, dtypes))}: give wire_dtype"
         )
     return dtypes.pop() if dtypes else torch.float32
-
-
-def _staging_device(
-    src: Mapping[str, Tensor], dst: Mapping[str, Tensor], group: dist.ProcessGroup | None
-) -> torch.device:
-    """Pick the device of the tensors, unless the group is gloo's, which sends from host memory."""
-    host = torch.device("cpu")
-    if not dist.is_initialized() or dist.get_backend(group) == "gloo":
-        return host
-    devices = (tensor.device for tensors in (src, dst) for tensor in tensors.values())
-    return next((device for device in devices if device.type != "cpu"), host)

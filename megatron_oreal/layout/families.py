@@ -4,18 +4,20 @@ A decoder layer is a row of ``Weight``: a role that the parallel layouts place (
 the HF tensors it is made of. A weight of several tensors (``qkv_weight``, ``qkv_bias``, ``gate_up``) is held as one
 parameter by Megatron and by the engines; *how* they interleave it is theirs to say.
 
-To add a family of dense decoders: give its architecture a name in ``model_spec.FAMILIES`` and its layer a row in
-``FAMILY_LAYERS``. A new role needs one line in the tables of ``megatron.py`` and ``engines.py`` as well. Nothing else
-knows the families.
+To add a family of dense decoders: give its layer a row in ``FAMILY_LAYERS`` and its architecture a line in
+``ARCHITECTURES``. A new role needs one line in the tables of ``megatron.py`` and ``engines.py`` as well. Nothing else
+knows the families; ``docs/layout.md`` has the steps and names the tests that check a new row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_oreal.layout.blocks import Rows, Shape
-from megatron_oreal.layout.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from megatron_oreal.layout.model_spec import ModelSpec
 
 Role = Literal[
     "attention_norm", "qkv_weight", "qkv_bias", "q_norm", "k_norm", "attention_out", "mlp_norm", "gate_up", "down"
@@ -63,6 +65,18 @@ FAMILY_LAYERS: dict[str, tuple[Weight, ...]] = {
     "qwen2": (_ATTENTION_NORM, _QKV_WEIGHT, _QKV_BIAS, _ATTENTION_OUT, _MLP_NORM, _GATE_UP, _DOWN),
     "qwen3": (_ATTENTION_NORM, _QKV_WEIGHT, _Q_NORM, _K_NORM, _ATTENTION_OUT, _MLP_NORM, _GATE_UP, _DOWN),
 }
+
+ARCHITECTURES: dict[str, str] = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama",
+}
+"""Architecture in ``config.json`` to family: the language models. Distilled and fine-tuned models keep theirs."""
+
+
+def has_role(family: str, role: Role) -> bool:
+    """Whether the layers of a family have a weight of this role."""
+    return any(weight.role == role for weight in FAMILY_LAYERS[family])
 
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,38 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAPPED_BYTES = 32 * 2**20
+"""A mapped file's pages count as this process's memory: after so many bytes the files are mapped anew."""
+
+
+class TensorSource(Protocol):
+    """Anything that rectangles of Hugging Face tensors can be read from, whatever its own layout is."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def names(self) -> list[str]:
+        """Return the Hugging Face name of every tensor."""
+        ...
+
+    def shape(self, name: str) -> Shape:
+        """Return the shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor; ``UserError`` unless it is a plain float type."""
+        ...
+
+    def read(self, name: str, rect: Rect) -> Tensor:
+        """Read the rectangle of a tensor, on the CPU, in the stored dtype."""
+        ...
+
+    def check(self, name: str, shape: Shape) -> None:
+        """Raise ``UserError`` unless the tensor is there in this shape and in a dtype that can be read."""
+        ...
+
+    def cost(self, wanted: Iterable[tuple[str, Rect]]) -> int:
+        """Bytes that reading these rectangles takes from the files when nothing is read twice."""
+        ...
 
 
 def whole_tensors(tensors: dict[str, Shape]) -> ShardLayout:
@@ -48,6 +81,7 @@ class SafetensorsSource:
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
         self.bytes_read = 0
+        self._map_until = _MAPPED_BYTES
         self._stack = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
         self._files = self._weight_map()
@@ -64,7 +98,7 @@ class SafetensorsSource:
         return name in self._files
 
     def close(self) -> None:
-        """Drop the open files. Idempotent."""
+        """Drop the open files; a later read opens them again. Idempotent."""
         self._open.clear()
         self._stack.close()
 
@@ -91,6 +125,9 @@ class SafetensorsSource:
         except SafetensorError as error:
             raise UserError(f"{self._path(name)}: cannot read tensor {name!r} ({error})") from None
         self.bytes_read += rect_size(rect) * dtype.itemsize
+        if self.bytes_read >= self._map_until:
+            self._map_until = self.bytes_read + _MAPPED_BYTES
+            self.close()
         return value
 
     def check(self, name: str, shape: Shape) -> None:
@@ -105,6 +142,10 @@ class SafetensorsSource:
                 f"{self._path(name)}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}"
             )
         self.dtype(name)
+
+    def cost(self, wanted: Iterable[tuple[str, Rect]]) -> int:
+        """Bytes of these rectangles in the files."""
+        return sum(rect_size(rect) * self.dtype(name).itemsize for name, rect in wanted)
 
     def _path(self, name: str) -> Path:
         return self.model_dir / self._files[name]

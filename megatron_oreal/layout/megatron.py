@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout.blocks import Layout, Rows, ShardBuilder, ShardLayout, cut_rows
+from megatron_oreal.layout.blocks import Layout, Rows, ShardBuilder, ShardLayout, cut_rows, even_rows, vocab_rows
 from megatron_oreal.layout.families import Role, embedding, final_norm, head, layer_weights
 from megatron_oreal.layout.model_spec import ModelSpec
 
@@ -107,6 +107,43 @@ def even_layer_split(spec: ModelSpec, *, pp: int, vpp: int | None = None) -> tup
     return ((spec.num_layers // (pp * chunks),) * chunks,) * pp
 
 
+def pipeline_layer_split(
+    spec: ModelSpec, *, pp: int, vpp: int | None = None, first: int | None = None, last: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Layers of every chunk, ``[stage][chunk]``, with ``first`` and ``last`` layers on the first and the last stage.
+
+    They are Megatron's ``num_layers_in_first_pipeline_stage`` and ``num_layers_in_last_pipeline_stage``: the other
+    stages share the rest evenly, and every stage cuts its own into ``vpp`` equal chunks (``get_num_layers_to_build``
+    of megatron-core 0.16). Both ``None`` is ``even_layer_split``. Raises ``UserError`` for counts that do not work out.
+    """
+    if first is None and last is None:
+        return even_layer_split(spec, pp=pp, vpp=vpp)
+    given = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+    keys = ", ".join(f"{key}={count}" for key, count in given.items() if count is not None)
+    for key, count in given.items():
+        if count is not None and count < 1:
+            raise UserError(f"{key}={count} is not a positive number")
+    if pp == 1:
+        raise UserError(f"{keys} needs pipeline_model_parallel_size above 1: leave it unset")
+    rest = spec.num_layers - (first or 0) - (last or 0)
+    others = pp - (first is not None) - (last is not None)
+    if rest < others or rest % max(others, 1) or (others == 0 and rest):
+        raise UserError(
+            f"{keys} leaves {rest} of num_hidden_layers={spec.num_layers} for the other {others} of "
+            f"pipeline_model_parallel_size={pp} stages: they must get the same number each, at least 1"
+        )
+    each = rest // others if others else 0
+    stages = [each if first is None else first, *[each] * (pp - 2), each if last is None else last]
+    chunks = vpp or 1
+    for count in stages:
+        if count % chunks:
+            raise UserError(
+                f"{keys}: a stage of {count} layers does not divide into virtual_pipeline_model_parallel_size={chunks} "
+                "chunks"
+            )
+    return tuple((count // chunks,) * chunks for count in stages)
+
+
 def megatron_layout(
     spec: ModelSpec,
     *,
@@ -121,7 +158,8 @@ def megatron_layout(
     """One model replica over ``tp * pp`` ranks; ``shards[pp_rank * tp + tp_rank]``.
 
     ``vocab_divisor`` is Megatron's ``make_vocab_size_divisible_by``. ``layer_split[stage][chunk]`` counts layers
-    (default: ``even_layer_split``); chunk ``c`` of all stages comes before chunk ``c + 1`` of any. A reward model has
+    (default: ``even_layer_split``; see ``pipeline_layer_split``; what a ``pipeline_model_parallel_layout`` says can be
+    given too); chunk ``c`` of all stages comes before chunk ``c + 1`` of any. A reward model has
     ``output_layer.weight`` [1, hidden] on every TP rank of the last stage instead of the output layer.
     Parameters are keyed by ``param_key``. Raises ``UserError`` for sizes that Megatron-core refuses.
     """
@@ -151,11 +189,12 @@ def _shard(
     tp_rank, tp = tp_place
     pp_rank, pp = pp_place
     builder = ShardBuilder()
+    padded_vocab = padded_vocab_size(spec.vocab_size, tp=tp, vocab_divisor=vocab_divisor)
     last_chunk = (vpp or 1) - 1
     for chunk in range(last_chunk + 1):
         if pp_rank == 0 and chunk == 0:
             name = param_key("embedding.word_embeddings.weight", chunk, vpp)
-            builder.add(name, _vocab_rows(embedding(spec), tp_rank, tp, vocab_divisor))
+            builder.add(name, vocab_rows(embedding(spec), padded_vocab, tp_rank, tp))
         first = sum(stage[c] for c in range(chunk) for stage in split) + sum(stage[chunk] for stage in split[:pp_rank])
         for local in range(split[pp_rank][chunk]):
             for role, parts in layer_weights(spec, first + local):
@@ -170,7 +209,7 @@ def _shard(
             if reward_model:
                 builder.add(name, [head(spec, reward_model=True)])
             elif pp > 1 or not spec.tied_embeddings:
-                builder.add(name, _vocab_rows(head(spec, reward_model=False), tp_rank, tp, vocab_divisor))
+                builder.add(name, vocab_rows(head(spec, reward_model=False), padded_vocab, tp_rank, tp))
     return builder.build()
 
 
@@ -183,9 +222,9 @@ def _add_split(
         width = parts[0].shape[1] // tp
         builder.add(key, parts, (tp_rank * width, (tp_rank + 1) * width))
     elif kind == "each_part":
-        builder.add(key, [rows for part in parts for rows in _even_rows([part], tp_rank, tp)])
+        builder.add(key, [rows for part in parts for rows in even_rows([part], tp_rank, tp)])
     else:
-        builder.add(key, _even_rows(_query_groups(spec, parts), tp_rank, tp))
+        builder.add(key, even_rows(_query_groups(spec, parts), tp_rank, tp))
 
 
 def _query_groups(spec: ModelSpec, parts: tuple[Rows, ...]) -> list[Rows]:
@@ -196,16 +235,6 @@ def _query_groups(spec: ModelSpec, parts: tuple[Rows, ...]) -> list[Rows]:
         for part, height in zip(parts, (query_rows, spec.head_dim, spec.head_dim), strict=True):
             stack += cut_rows([part], group * height, (group + 1) * height)
     return stack
-
-
-def _even_rows(stack: list[Rows], tp_rank: int, tp: int) -> list[Rows]:
-    height = sum(map(len, stack)) // tp
-    return cut_rows(stack, tp_rank * height, (tp_rank + 1) * height)
-
-
-def _vocab_rows(table: Rows, tp_rank: int, tp: int, vocab_divisor: int) -> list[Rows]:
-    padding = padded_vocab_size(len(table), tp=tp, vocab_divisor=vocab_divisor) - len(table)
-    return _even_rows([table, Rows(None, table.shape, 0, padding)], tp_rank, tp)
 
 
 def _check_sizes(spec: ModelSpec, tp: int, pp: int, vpp: int | None) -> None:

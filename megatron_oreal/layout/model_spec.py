@@ -1,4 +1,4 @@
-"""What a model is, read from its Hugging Face ``config.json``: the one place that knows the families we support."""
+"""What a model is, read from its Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_oreal.errors import UserError
+from megatron_oreal.layout.families import ARCHITECTURES, has_role, hf_tensors
 
-FAMILIES: dict[str, str] = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForSequenceClassification": "qwen2",
-    "Qwen3ForSequenceClassification": "qwen3",
-    "LlamaForSequenceClassification": "llama",
+_CLASSIFIER = "ForSequenceClassification"
+FAMILIES: dict[str, str] = ARCHITECTURES | {
+    name.replace("ForCausalLM", _CLASSIFIER): family for name, family in ARCHITECTURES.items()
 }
 """Architecture to family. A sequence classifier with one label is a reward model: the same backbone, a scalar head."""
 
@@ -57,7 +54,7 @@ class RopeSpec:
 class ModelSpec:
     """The shape of a dense decoder-only model (RMSNorm, RoPE, SwiGLU, GQA). Sizes are in elements."""
 
-    family: Literal["qwen2", "qwen3", "llama"]
+    family: str
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -84,13 +81,7 @@ class ModelSpec:
 
     def num_parameters(self) -> int:
         """Parameters of the whole language model, a tied embedding counted once."""
-        per_layer = self.hidden_size * (2 * self.q_size + 2 * self.kv_size + 3 * self.ffn_hidden_size + 2)
-        if self.qkv_bias:
-            per_layer += self.q_size + 2 * self.kv_size
-        if self.qk_norm:
-            per_layer += 2 * self.head_dim
-        tables = 1 if self.tied_embeddings else 2
-        return self.num_layers * per_layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
+        return sum(math.prod(shape) for shape in hf_tensors(self).values())
 
 
 def load_model_spec(model_dir: str | Path) -> ModelSpec:
@@ -122,7 +113,7 @@ def model_spec_from_config(config: dict[str, Any], origin: str = "config.json") 
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
         spec = ModelSpec(
-            family=family,  # type: ignore[arg-type]
+            family=family,
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=hidden,
             ffn_hidden_size=int(config["intermediate_size"]),
@@ -133,8 +124,8 @@ def model_spec_from_config(config: dict[str, Any], origin: str = "config.json") 
             max_position_embeddings=int(config["max_position_embeddings"]),
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qkv_bias=has_role(family, "qkv_bias"),
+            qk_norm=has_role(family, "q_norm"),
             rope=_rope_spec(config, origin),
         )
     except KeyError as error:
@@ -156,8 +147,13 @@ def _refuse_unsupported(config: dict[str, Any], family: str, origin: str) -> Non
         raise UserError(f"{origin}: hidden_act={config['hidden_act']!r} is not supported: only 'silu'")
     if config.get("use_sliding_window"):
         raise UserError(f"{origin}: use_sliding_window=true is not supported: set it to false")
-    if family != "qwen2" and config.get("attention_bias"):
+    if config.get("attention_bias") and not has_role(family, "qkv_bias"):
         raise UserError(f"{origin}: attention_bias=true is not supported for {family}")
+    labels = len(config.get("id2label") or (0, 1))  # transformers' default is two labels
+    if config["architectures"][0].endswith(_CLASSIFIER) and labels != 1:
+        raise UserError(
+            f"{origin}: a {config['architectures'][0]} of {labels} labels is not a reward model: it needs 1"
+        )
     if config.get("mlp_bias"):
         raise UserError(f"{origin}: mlp_bias=true is not supported")
     if config.get("quantization_config"):

@@ -1,47 +1,26 @@
 """Plans: which rank sends which rectangle of which parameter to whom, so that one layout becomes another.
 
-``make_plan`` intersects rectangles in Hugging Face coordinates. It is a pure function of its arguments with one order
-of everything, so that every rank computes the same plan without asking another. Sizes are in elements.
+``make_plan`` intersects rectangles in Hugging Face coordinates (``pieces.py``) and chooses the senders
+(``senders.py``). It is a pure function of its arguments with one order of everything, so that every rank computes the
+same plan without asking another. Sizes are in elements.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from megatron_oreal.errors import UserError
-from megatron_oreal.layout.blocks import Block, Layout, Rect, contains, grid_cells, intersect, rect_size
+from megatron_oreal.layout.blocks import Layout, Rect, ShardLayout
+from megatron_oreal.layout.pieces import Piece, cut_pieces
+from megatron_oreal.layout.senders import assign_senders
+from megatron_oreal.layout.statistics import PlanStatistics, contiguous_runs, lacked_elements, shared_params
 
 _RankTable = tuple[tuple[int, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Where a source shard keeps a rectangle: shard ``index`` of the source layout, ``rect`` of its ``param``."""
-
-    index: int
-    param: str
-    rect: Rect
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """``rect`` of parameter ``param`` of destination shard ``index``, and every source shard that holds it."""
-
-    index: int
-    param: str
-    rect: Rect
-    holders: tuple[Holder, ...]
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return rect_size(self.rect)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +35,13 @@ class Copy:
     dst_rect: Rect
 
 
-@dataclass(frozen=True)
-class PlanStatistics:
-    """Traffic of a plan, in elements, by global rank; ranks that move nothing are left out.
-
-    ``received`` is what a rank needs and does not hold: no plan can move less to it. ``local``: copied within the rank.
-    ``messages``: pairs of different ranks that talk. ``send_bound``: the busiest sender of any plan that copies locally
-    where it can sends at least this much.
-    """
-
-    sent: dict[int, int]
-    received: dict[int, int]
-    local: dict[int, int]
-    messages: int
-    send_bound: int
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Copies that fill every destination element once. ``piece[i]`` goes from ``src_rank[i]`` to ``dst_rank[i]``.
 
     The arrays (int32, one length) are sorted by (src_rank, dst_rank, piece); ``holder[i]`` says which holder of the
     piece the sender is. ``zeros[dst_rank]`` are the parameters' rectangles that get zeros (vocabulary padding).
+    ``source_shards`` and ``dest_shards``: what each global rank holds before and after.
     """
 
     label: str
@@ -87,7 +51,10 @@ class Plan:
     src_rank: np.ndarray
     dst_rank: np.ndarray
     zeros: Mapping[int, tuple[tuple[str, Rect], ...]]
+    source_shards: Mapping[int, ShardLayout]
+    dest_shards: Mapping[int, ShardLayout]
     send_bound: int
+    cross_node: int | None
 
     def __len__(self) -> int:
         return len(self.piece)
@@ -101,6 +68,15 @@ class Plan:
             ranks = int(self.src_rank[row]), int(self.dst_rank[row])
             yield Copy(*ranks, holder.param, holder.rect, piece.param, piece.rect)
 
+    def aliases(self, rank: int) -> dict[str, str]:
+        """Destination parameters of a rank that are source parameters of it: name to the source's name.
+
+        Both have one shape and the same elements, padding included, in the same places: the two sides may share the
+        memory. The copies of such a parameter are in the plan all the same, local and without a change of place.
+        """
+        wanted = self.dest_shards.get(rank)
+        return {} if wanted is None else shared_params(self.source_shards.get(rank), wanted)
+
     @cached_property
     def max_peers(self) -> int:
         """The most other ranks that any rank sends to, or receives from."""
@@ -109,16 +85,37 @@ class Plan:
 
     @cached_property
     def statistics(self) -> PlanStatistics:
-        """Traffic and lower bounds."""
+        """Traffic and lower bounds, in elements."""
         sizes = np.array([piece.size for piece in self.pieces], dtype=np.int64)[self.piece]
         remote = self.src_rank != self.dst_rank
+        runs, largest = self._runs(remote)
+        # many ranks hold the same pair of shards
+        lacked: dict[tuple[int, int], int] = {}
+        aliased: dict[tuple[int, int], int] = {}
+        for rank, wanted in self.dest_shards.items():
+            held = self.source_shards.get(rank)
+            if (key := (id(held), id(wanted))) not in lacked:
+                lacked[key] = lacked_elements(held, wanted)
+                aliased[key] = sum(math.prod(wanted.shapes[name]) for name in shared_params(held, wanted))
+        keys = {rank: (id(self.source_shards.get(rank)), id(wanted)) for rank, wanted in self.dest_shards.items()}
         return PlanStatistics(
             sent=_sum_by(self.src_rank[remote], sizes[remote]),
             received=_sum_by(self.dst_rank[remote], sizes[remote]),
+            lacked={rank: lacked[key] for rank, key in keys.items() if lacked[key]},
             local=_sum_by(self.dst_rank[~remote], sizes[~remote]),
-            messages=self._remote_pairs.shape[1],
+            aliased={rank: aliased[key] for rank, key in keys.items() if aliased[key]},
+            elements={rank: count for rank, wanted in self.dest_shards.items() if (count := wanted.num_elements())},
             send_bound=self.send_bound,
+            cross_node=self.cross_node,
+            rectangles=int(remote.sum()),
+            messages=runs,
+            largest_message=largest,
+            pairs=self._remote_pairs.shape[1],
         )
+
+    def describe(self, itemsize: int) -> str:
+        """Return a summary of a few lines, for elements of ``itemsize`` bytes."""
+        return self.statistics.describe(self.label, itemsize)
 
     def fingerprint(self) -> str:
         """SHA-256 of the whole plan: equal on two ranks exactly when they will do the same."""
@@ -136,6 +133,22 @@ class Plan:
     def _rows_of(self, rank: int) -> np.ndarray:
         return np.flatnonzero((self.src_rank == rank) | (self.dst_rank == rank))
 
+    def _runs(self, remote: np.ndarray) -> tuple[int, int]:
+        """Contiguous runs of memory over all remote copies, and the elements of the largest."""
+        rows = np.stack([self.piece[remote], self.holder[remote]])
+        kinds, first, counts = np.unique(rows, axis=1, return_index=True, return_counts=True)
+        firsts = np.flatnonzero(remote)[first]
+        total = largest = 0
+        for (number, slot), row, count in zip(kinds.T.tolist(), firsts.tolist(), counts.tolist(), strict=True):
+            piece = self.pieces[number]
+            holder = piece.holders[slot]
+            src_shape = self.source_shards[int(self.src_rank[row])].shapes[holder.param]
+            dst_shape = self.dest_shards[int(self.dst_rank[row])].shapes[piece.param]
+            runs = contiguous_runs(holder.rect, src_shape, piece.rect, dst_shape)
+            total += runs * count
+            largest = max(largest, piece.size // runs)
+        return total, largest
+
 
 def make_plan(
     source: Layout,
@@ -143,6 +156,7 @@ def make_plan(
     dest: Layout,
     dest_ranks: Mapping[int, int | Sequence[int]],
     *,
+    ranks_per_node: int | None = None,
     cached: bool = True,
 ) -> Plan:
     """Plan the copies from ``source`` to ``dest``.
@@ -150,13 +164,15 @@ def make_plan(
     ``source_ranks[i]``: global ranks that hold source shard ``i``, its data-parallel replicas (``RankGrid.replicas``).
     ``dest_ranks[j]``: the global rank, or ranks, that shall hold destination shard ``j``. A rank holds at most one
     shard of each side. A destination rank that holds a rectangle itself copies it locally; otherwise it comes from
-    a holder that has little to send yet, largest pieces first. The last few plans are cached by their
-    arguments unless ``cached`` is False.
+    a holder in its own node (``ranks_per_node`` consecutive ranks are a node; ``None``: nodes make no difference), and
+    from another node only when its own has none. Among these the senders are balanced (``assign_senders``). The last
+    few plans are cached by their arguments unless ``cached`` is False.
 
     Raises ``UserError`` when the source does not hold all of a tensor that the destination needs.
     """
+    assert ranks_per_node is None or ranks_per_node > 0, f"ranks_per_node={ranks_per_node}"
     plan = _cached_plan if cached else _plan
-    return plan(source, _rank_table(source_ranks), dest, _rank_table(dest_ranks))
+    return plan(source, _rank_table(source_ranks), dest, _rank_table(dest_ranks), ranks_per_node)
 
 
 def _rank_table(ranks: Mapping[int, int | Sequence[int]]) -> _RankTable:
@@ -166,151 +182,33 @@ def _rank_table(ranks: Mapping[int, int | Sequence[int]]) -> _RankTable:
     return table
 
 
-def _plan(source: Layout, source_ranks: _RankTable, dest: Layout, dest_ranks: _RankTable) -> Plan:
-    pieces: list[Piece] = []
-    blocks = _blocks_by_tensor(source, source_ranks)
-    for index, _ in dest_ranks:
-        pieces += _merge(
-            [piece for block in dest.shards[index].blocks for piece in _pieces(block, index, blocks, source)]
-        )
-    return _assign(f"{source.label} -> {dest.label}", pieces, dict(source_ranks), dest, dict(dest_ranks))
+def _plan(
+    source: Layout, source_ranks: _RankTable, dest: Layout, dest_ranks: _RankTable, ranks_per_node: int | None
+) -> Plan:
+    pieces = cut_pieces(source, [index for index, _ in source_ranks], dest, [index for index, _ in dest_ranks])
+    chosen = assign_senders(pieces, dict(source_ranks), dict(dest_ranks), ranks_per_node)
+    src_rank, dst_rank, piece, holder = (np.ascontiguousarray(column) for column in chosen.rows.T)
+    dest_shards = _shards_by_rank(dest, dest_ranks)
+    return Plan(
+        label=f"{source.label} -> {dest.label}",
+        pieces=tuple(pieces),
+        piece=piece,
+        holder=holder,
+        src_rank=src_rank,
+        dst_rank=dst_rank,
+        zeros={rank: shard.padding for rank, shard in dest_shards.items() if shard.padding},
+        source_shards=_shards_by_rank(source, source_ranks),
+        dest_shards=dest_shards,
+        send_bound=chosen.send_bound,
+        cross_node=None if ranks_per_node is None else chosen.cross_node,
+    )
 
 
 _cached_plan = lru_cache(maxsize=8)(_plan)
 
 
-def _blocks_by_tensor(source: Layout, source_ranks: _RankTable) -> dict[str, list[tuple[int, Block]]]:
-    blocks: dict[str, list[tuple[int, Block]]] = defaultdict(list)
-    for index, _ in source_ranks:
-        for block in source.shards[index].blocks:
-            blocks[block.tensor].append((index, block))
-    return blocks
-
-
-def _pieces(
-    wanted: Block, index: int, blocks: Mapping[str, list[tuple[int, Block]]], source: Layout
-) -> Iterable[Piece]:
-    """Cut a destination block where source blocks begin and end: each cell has one set of holders."""
-    overlaps = []
-    for holder_index, block in blocks.get(wanted.tensor, ()):
-        if (common := intersect(wanted.source, block.source)) is not None:
-            overlaps.append((common, holder_index, block))
-    for cell in grid_cells(wanted.source, [common for common, _, _ in overlaps]):
-        holders = tuple(Holder(i, b.param, b.dest_of(cell)) for common, i, b in overlaps if contains(common, cell))
-        if not holders:
-            raise UserError(f"{source.label} holds no {wanted.tensor!r} {list(cell)}, which {wanted.param!r} needs")
-        yield Piece(index, wanted.param, wanted.dest_of(cell), holders)
-
-
-def _merge(pieces: list[Piece]) -> list[Piece]:
-    """Join pieces of one parameter that touch, in the destination and in every holder alike, to one rectangle."""
-    merged: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        merged.setdefault(piece.param, []).append(piece)
-    for param, group in merged.items():
-        # along the last dimension first: cells of a grid come in rows
-        for dim in reversed(range(len(group[0].rect))):
-            group = _merge_along(group, dim)
-        merged[param] = group
-    return [piece for group in merged.values() for piece in group]
-
-
-def _merge_along(pieces: list[Piece], dim: int) -> list[Piece]:
-    def others_then_dim(piece: Piece) -> tuple[Rect, tuple[int, int]]:
-        return piece.rect[:dim] + piece.rect[dim + 1 :], piece.rect[dim]
-
-    joined: list[Piece] = []
-    for piece in sorted(pieces, key=others_then_dim):
-        if joined and (both := _join(joined[-1], piece, dim)) is not None:
-            joined[-1] = both
-        else:
-            joined.append(piece)
-    return sorted(joined, key=lambda piece: piece.rect)
-
-
-def _join(a: Piece, b: Piece, dim: int) -> Piece | None:
-    if [(h.index, h.param) for h in a.holders] != [(h.index, h.param) for h in b.holders]:
-        return None
-    rect = _join_rects(a.rect, b.rect, dim)
-    rects = [_join_rects(p.rect, q.rect, dim) for p, q in zip(a.holders, b.holders, strict=True)]
-    if rect is None or None in rects:
-        return None
-    holders = tuple(replace(h, rect=r) for h, r in zip(a.holders, rects, strict=True) if r is not None)
-    return replace(a, rect=rect, holders=holders)
-
-
-def _join_rects(a: Rect, b: Rect, dim: int) -> Rect | None:
-    if a[dim][1] != b[dim][0] or a[:dim] != b[:dim] or a[dim + 1 :] != b[dim + 1 :]:
-        return None
-    return (*a[:dim], (a[dim][0], b[dim][1]), *a[dim + 1 :])
-
-
-def _assign(
-    label: str,
-    pieces: list[Piece],
-    source_ranks: dict[int, tuple[int, ...]],
-    dest: Layout,
-    dest_ranks: dict[int, tuple[int, ...]],
-) -> Plan:
-    """Choose a sender for every (piece, destination rank), largest pieces first; see ``_Senders.choose``."""
-    order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].size, i))
-    slots: dict[int, dict[int, int]] = {}  # piece -> {rank that holds it: which holder it is}
-    demand: dict[tuple[int, ...], int] = defaultdict(int)
-    for number in order:
-        piece = pieces[number]
-        held = {rank: slot for slot, h in reversed(list(enumerate(piece.holders))) for rank in source_ranks[h.index]}
-        slots[number] = held
-        demand[tuple(sorted(held))] += piece.size * sum(dst not in held for dst in dest_ranks[piece.index])
-    bound = _send_bound(demand)
-    senders = _Senders(bound)
-    rows: list[tuple[int, int, int, int]] = []
-    for number in order:
-        piece, held = pieces[number], slots[number]
-        candidates = sorted(held)
-        for dst in dest_ranks[piece.index]:
-            src = dst if dst in held else senders.choose(candidates, dst, piece.size)
-            rows.append((src, dst, number, held[src]))
-    rows.sort()
-    table = np.array(rows, dtype=np.int32).reshape(-1, 4)
-    src_rank, dst_rank, piece_number, holder = (np.ascontiguousarray(column) for column in table.T)
-    zeros = {rank: dest.shards[index].padding for index, ranks in dest_ranks.items() for rank in ranks}
-    zeros = {rank: rects for rank, rects in sorted(zeros.items()) if rects}
-    return Plan(label, tuple(pieces), piece_number, holder, src_rank, dst_rank, zeros, bound)
-
-
-class _Senders:
-    """What each rank has been given to send so far, and to whom."""
-
-    def __init__(self, bound: int) -> None:
-        self._aim = bound + bound // 100
-        self._load: dict[int, int] = defaultdict(int)
-        self._talks: dict[int, set[int]] = defaultdict(set)
-
-    def choose(self, candidates: list[int], dst: int, size: int) -> int:
-        """Take a rank that already talks to ``dst`` while it stays within 1 % of the bound, else the least loaded.
-
-        The first makes messages few, the second balances: no sender exceeds the larger of the aim and an even share
-        by more than one piece.
-        """
-        load, talks = self._load, self._talks[dst]
-        known = [rank for rank in candidates if rank in talks and load[rank] + size <= self._aim]
-        src = min(known or candidates, key=load.__getitem__)
-        load[src] += size
-        talks.add(src)
-        return src
-
-
-def _send_bound(demand: Mapping[tuple[int, ...], int]) -> int:
-    """Share what only the ranks of a set can send evenly in that set: the largest share is a lower bound."""
-    bound = 0
-    for senders, own in demand.items():
-        if not own:
-            continue
-        inside = sum(size for others, size in demand.items() if set(others) <= set(senders))
-        bound = max(bound, -(-inside // len(senders)))
-    total = sum(demand.values())
-    everyone = {rank for senders, own in demand.items() if own for rank in senders}
-    return max(bound, -(-total // len(everyone))) if everyone else 0
+def _shards_by_rank(layout: Layout, ranks: _RankTable) -> dict[int, ShardLayout]:
+    return dict(sorted((rank, layout.shards[index]) for index, held in ranks for rank in held))
 
 
 def _sum_by(keys: np.ndarray, sizes: np.ndarray) -> dict[int, int]:
