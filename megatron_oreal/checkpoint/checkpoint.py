@@ -1,9 +1,9 @@
 """Save and resume a run through megatron-core's ``dist_checkpointing``.
 
 ``work_dir/checkpoints/step_XXXXXX`` holds ``policy`` and ``reward_model``, each a plain Megatron-core checkpoint (model
-and optimizer under Megatron's own keys), and ``run.json``, the run's position. It is written under another name and
-renamed when every rank is done, so a directory with that name is always whole. It may be resumed with another parallel
-layout, except where ``_optimizer_format`` says so.
+and optimizer under Megatron's own keys, the Hugging Face config and tokenizer in ``hf``), and ``run.json``, the run's
+position and config. It is written under another name and renamed when every rank is done, so a directory with that name
+is always whole. It may be resumed with another parallel layout, except where ``_optimizer_format`` says so.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_oreal.actor.actor import Actor
-from megatron_oreal.actor.build import MegatronModel, unwrap
+from megatron_oreal.actor.build import DTYPES, MegatronModel, unwrap
 from megatron_oreal.actor.optimizer import ModelOptimizer
+from megatron_oreal.checkpoint.changes import check_changes, record
 from megatron_oreal.errors import UserError
+from megatron_oreal.layout.directory import together, write_companions, writing
+from megatron_oreal.layout.megatron_checkpoint import HF_FOLDER
 from megatron_oreal.platform import Platform
 
 _NAME = re.compile(r"step_(\d{6,})")
@@ -52,37 +56,50 @@ class Checkpoints:
         return self.folder / f"step_{step:06d}"
 
     def save(self, actor: Actor, step: int, position: dict[str, Any]) -> Path:
-        """Write the state after ``step`` steps. ``position``: what JSON can hold, the same on every rank."""
+        """Write the state after ``step`` steps. ``position``: what JSON can hold, the same on every rank.
+
+        Raises ``UserError`` on every rank when the first cannot write (a full disk).
+        """
         final = self.path(step)
         partial = self.folder / f".{final.name}.incomplete"
-        if self.platform.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            for key, _, _ in _trained(actor):
-                (partial / key).mkdir(parents=True)
+        self._on_first_rank(lambda: _begin(partial, [key for key, _, _ in _trained(actor)]))
         formats = {key: _optimizer_format(optimizer, self.platform) for key, _, optimizer in _trained(actor)}
-        self.platform.barrier()
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
                 state = _sharded_state(model, optimizer, formats[key], is_loading=False)
                 dist_checkpointing.save(state | {"iteration": step, "checkpoint_version": 3.0}, str(partial / key))
-        self.platform.barrier()
-        if self.platform.rank == 0:
-            run = {"step": step, "position": position, "optimizer_formats": formats}
-            (partial / _RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
-            if final.exists():  # a run that resumed from before this step comes here again
-                shutil.rmtree(final)
-            partial.rename(final)
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old))
-        self.platform.barrier()
+        run = {"step": step, "position": position, "optimizer_formats": formats} | record(actor.config, actor.spec)
+
+        def finish() -> None:
+            for key, _, _ in _trained(actor):
+                _describe_model(partial / key / HF_FOLDER, actor, reward_model=key == "reward_model")
+            with writing(partial / _RUN_FILE):
+                (partial / _RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+                if final.exists():  # a run that resumed from before this step comes here again
+                    shutil.rmtree(final)
+                partial.rename(final)
+                for old in self.steps()[: -self.keep]:
+                    shutil.rmtree(self.path(old))
+
+        self._on_first_rank(finish)
         return final
 
+    def _on_first_rank(self, step: Callable[[], object]) -> None:
+        """Run on rank 0; all ranks wait for it and fail with it."""
+        together(self.platform.host_group, step if self.platform.rank == 0 else lambda: None)
+
     def load(self, actor: Actor, step: int) -> dict[str, Any]:
-        """Restore models and optimizers in place and return ``position``. Raises ``UserError`` when they do not fit."""
+        """Restore models and optimizers in place and return ``position``; says which settings have changed since.
+
+        Raises ``UserError`` when the checkpoint does not fit the models or the config.
+        """
         path = self.path(step)
         run = self.platform.broadcast_object(
             json.loads((path / _RUN_FILE).read_text()) if self.platform.rank == 0 else None
         )
+        changes = check_changes(run, actor.config, actor.spec, path)
+        if changes and self.platform.rank == 0:
+            print(f"resuming with other settings than {path} was saved with: {changes}", flush=True)
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
                 if not (path / key).is_dir():
@@ -99,6 +116,24 @@ class Checkpoints:
                     unwrap(chunk).load_state_dict(state[name], strict=False)
                 optimizer.load_state_dict(state["optimizer"])
         return run["position"]
+
+
+def _begin(partial: Path, keys: list[str]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    with writing(partial):
+        for key in keys:
+            (partial / key).mkdir(parents=True)
+
+
+def _describe_model(folder: Path, actor: Actor, *, reward_model: bool) -> None:
+    """Put config and tokenizer beside the weights, so that the checkpoint can be converted by itself."""
+    model_dir = Path(actor.config.model.path)
+    if not (model_dir / "config.json").is_file():  # moved away while the run went on: no reason to lose a checkpoint
+        print(f"{folder.parent}: saved without {HF_FOLDER}/: {model_dir} has no config.json any more", flush=True)
+        return
+    with writing(folder):
+        folder.mkdir()
+    write_companions(folder, {}, model_dir, dtype=DTYPES[actor.config.model.dtype], reward_model=reward_model)
 
 
 def _trained(actor: Actor) -> list[tuple[str, MegatronModel, ModelOptimizer]]:
