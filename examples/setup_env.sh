@@ -20,7 +20,7 @@ find_python() {
 }
 
 stamp=$dir/.ready-${extra:-plain}
-wanted=$(cat "$root/setup.py" "$root/constraints.txt" | cksum)
+wanted=$(cat "$root"/setup.py "$root"/constraints.txt "$root"/megatron_oreal/loss/nvcc.py "$root"/megatron_oreal/loss/csrc/* | cksum)
 if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
     python=$(find_python)
     echo "setting up $dir with $("$python" --version) (a few minutes the first time)" >&2

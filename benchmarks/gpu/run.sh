@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in stages with a time limit each; one CUDA device, about half an hour for all of them.
+#   benchmarks/gpu/run.sh [--out DIR] [STAGE...]
+# Stages, by default all in this order (seconds at most):
+#   build     90  the kernels for this GPU, warnings and spills are errors; megatron-oreal env
+#   check    240  tests/test_loss_gpu.py
+#   sanitize 300  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
+#   kernels  240  copy and matrix-product ceilings, every kernel at TP 1 to 8
+#   tune     240  the kernels with other block sizes
+#   loss     420  forward + backward against the other implementations
+#   actor    300  first_run.py: policy, reward model and engine
+# PYTHON names the interpreter (default: python3). Results: DIR (default: benchmarks/gpu/results), summary.json last.
+# The exit status is 1 when a stage failed or ran out of time. Clocks and power limits are left as they are.
+# shellcheck disable=SC2329  # the stages are functions, called by name through bash -c
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+here=$root/benchmarks/gpu
+out=$here/results
+stages=()
+while (($#)); do
+    case $1 in
+    --out)
+        out=${2:?--out needs a directory}
+        shift
+        ;;
+    build | check | sanitize | kernels | tune | loss | actor) stages+=("$1") ;;
+    *)
+        sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+        exit 2
+        ;;
+    esac
+    shift
+done
+((${#stages[@]})) || stages=(build check sanitize kernels tune loss actor)
+python=${PYTHON:-python3}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: $python has no torch that sees a CUDA device; set PYTHON" >&2
+    exit 2
+fi
+mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$root" || exit 1
+
+build() {
+    local capability
+    capability=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}")')
+    if ((capability >= 90)); then capability+=a; fi
+    OREAL_CUDA_ARCHS=${OREAL_CUDA_ARCHS:-$capability} "$python" megatron_oreal/loss/nvcc.py || return
+    OREAL_KERNELS=1 "$python" -c "
+from megatron_oreal.accelerators import survey
+found = survey()
+print(found.as_text())
+open('$out/env.json', 'w').write(found.as_json() + '\n')"
+}
+
+check() {
+    "$python" -m pytest -q -p no:cacheprovider -o addopts= -m gpu tests/test_loss_gpu.py
+}
+
+sanitize() {
+    local tool bad=0
+    for tool in memcheck racecheck initcheck synccheck; do
+        echo "== $tool"
+        compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "$here/sanitize.py" 2>&1 | tail -n 40
+        if ((PIPESTATUS[0])); then bad=1; fi
+    done
+    return "$bad"
+}
+
+kernels() { "$python" "$here/kernels.py" --output "$out/kernels.json"; }
+tune() { "$python" "$here/kernels.py" --output "$out/tune.json" --tune --widths 19008 152064; }
+loss() { "$python" benchmarks/loss.py --device cuda --output "$out/loss.json"; }
+actor() { "$python" "$here/first_run.py" --output "$out/actor.json"; }
+
+limit() {
+    case $1 in
+    build) echo 90 ;;
+    loss) echo 420 ;;
+    sanitize | actor) echo 300 ;;
+    *) echo 240 ;;
+    esac
+}
+
+export -f build check sanitize kernels tune loss actor
+export python here out
+failed=0
+rows=()
+for stage in "${stages[@]}"; do
+    echo "==== $stage"
+    began=$SECONDS
+    timeout --kill-after=20 "$(limit "$stage")" bash -c "set -uo pipefail; $stage" 2>&1 | tee "$out/$stage.log"
+    status=${PIPESTATUS[0]}
+    ((status)) && failed=1
+    rows+=("{\"stage\": \"$stage\", \"exit_status\": $status, \"seconds\": $((SECONDS - began))}")
+    (
+        IFS=,
+        printf '[%s]\n' "${rows[*]}"
+    ) >"$out/summary.json"
+done
+echo "==== summary (exit status 124: out of time)"
+printf '%s\n' "${rows[@]}"
+exit "$failed"
