@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from megatron_oreal.verifier.answer import conclusion, extract_answer
@@ -28,6 +30,20 @@ FINISH = ["<conclude>", "**Final Answer**", "</think>"]
         ("that leaves -7", "-7"),
         ("that is 5-3", "3"),
         ("a ratio of 3/4", "3/4"),
+        ("\\boxed{2} and \\boxed{-3}", "2, -3"),
+        ("$\\boxed{2}$, $\\boxed{3}$ or \\(\\boxed{4}\\)", "2, 3, 4"),
+        ("\\boxed{5}, \\boxed{5}", "5"),
+        ("\\boxed{4}. So \\boxed{5}", "5"),
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("2 + 3 gives \\boxed{5", "3"),
+        ("\\boxed{5", None),
+        ("the answer is therefore **99**.", "99"),
+        ("the answer to the question must be 7 because 3 is odd", "7"),
+        ("The correct option is (C).", "(C)"),
+        ("The answers are 2 and 3.", "2 and 3"),
+        ("Answer: $\\$1,250$ in all", "\\$1,250"),
+        ("Could it be 12?", None),
+        ("There are 5 of them and their product is what was asked for", None),
         ("nothing here", None),
         ("", None),
     ],
@@ -60,10 +76,20 @@ def test_a_stop_word_of_another_form_is_given_by_name():
     assert conclusion("The answer is 5 STOP", [], ["STOP"]) == "The answer is 5"
 
 
-@pytest.mark.parametrize("unit", ["\\boxed{", "answer is ", "9", "\\", "{", "1,", "\\frac{1}", "<|", "$"])
-def test_a_megabyte_of_hostile_text_is_read_in_linear_time(unit, request):
-    import time
+def test_much_white_space_between_two_boxes_is_read_in_linear_time():
+    start = time.perf_counter()
+    assert extract_answer("\\boxed{1}\\text{" + " " * 45_000 + "\\boxed{6}") == "6"
+    assert time.perf_counter() - start < 2
 
+
+def test_white_space_after_the_answer_does_not_hide_it():
+    assert extract_answer("\\boxed{5}" + " " * 200_000) == "5"
+
+
+@pytest.mark.parametrize(
+    "unit", ["\\boxed{", "\\boxed{}", "\\boxed{1},", "{", "answer is ", "9", "\\", "1,", "\\frac{1}", "<|", "$"]
+)
+def test_a_megabyte_of_hostile_text_is_read_in_linear_time(unit, request):
     start = time.perf_counter()
     extract_answer(unit * (10**6 // len(unit)), FINISH)
     assert time.perf_counter() - start < 5

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from megatron_oreal.config import VerifierConfig
+from megatron_oreal.errors import UserError
 from megatron_oreal.verifier import Verdict, VerifierPool, VerifyItem
 
 # Two integrals that differ: sympy looks for closed forms far longer than any deadline here.
@@ -146,7 +147,7 @@ def test_the_default_memory_limit_has_room_for_sympy():
 
 def test_workers_that_cannot_start_end_the_pool_with_their_own_words():
     with (
-        pytest.raises(RuntimeError, match=r"died at their start:.*No module named 'absent'"),
+        pytest.raises(UserError, match=r"verifier\.checker='absent:checker' cannot be loaded.*No module named"),
         VerifierPool(2, 5, checker="absent:checker") as pool,
     ):
         pool.verify([VerifyItem(0, "", "1")])

@@ -17,7 +17,11 @@ EQUAL = {
         ("2\\frac{1}{2}", "\\frac{5}{2}"), ("2 1/2", "2.5"), ("-1\\frac{3}{4}", "-1.75"), ("2^{10}", "1024"),
         ("5!", "120"), ("\\binom{10}{3}", "120"), ("\\frac{2023!}{2021!}", "2023 \\cdot 2022"), ("|{-3}|", "3"),
         ("\\lfloor 3.7 \\rfloor", "3"), ("½", "0.5"), ("3{,}141", "3141"), ("\\left(5\\right)", "5"),
-        ("\\frac{1,000}{2}", "500"),
+        ("\\frac{1,000}{2}", "500"), ("0.(3)", "1/3"), ("0.\\dot{3}", "1/3"), ("0.333\\ldots", "1/3"),
+        ("0.1666...", "1/6"), ("1.2323...", "\\frac{122}{99}"), ("{3 \\over 7}", "\\frac37"), ("{5 \\choose 2}", "10"),
+        ("\\frac{10!}{7!3!}", "120"),
+        ("\\color{red}{12}", "12"), ("\\textcolor{red}{12}", "12"), ("\\phantom{0}5", "5"), ("\\underline{5}", "5"),
+        ("\\ 8\\ ", "8"), ("1:2", "1/2"),
     ],
     "units": [
         ("5\\text{ cm}", "5"), ("5 cm", "5"), ("5", "5\\text{ cm}"), ("5\\mathrm{~km/h}", "5"), ("60^\\circ", "60"),
@@ -25,7 +29,11 @@ EQUAL = {
         ("\\$1,250.50", "1250.5"), ("€7", "7"), ("12 \\text{ apples}", "12"), ("25\\text{ cm}^2", "25"),
         ("25 cm^2", "25\\text{ cm}^{2}"), ("7 units", "7"), ("5\\text{ meters}", "5\\text{ m}"),
         ("36\\pi \\text{ cubic inches}", "36\\pi"), ("5 m", "5"), ("20 miles per hour", "20 mph"),
-        ("2516_8", "2516_{8}"), ("2516", "2516_8"), ("9 square units", "9"), ("\\frac{3}{4} \\text{ hours}", "0.75"),
+        ("2516_8", "2516_{8}"), ("2516_8", "2516_{\\text{eight}}"),
+        ("2516", "2516_8"), ("9 square units", "9"), ("\\frac{3}{4} \\text{ hours}", "0.75"),
+        ("45^{\\circ}\\text{C}", "45"), ("2\\text{ million}", "2000000"), ("\\$2.4\\text{ million}", "2,400,000"),
+        ("2 \\text{ dozen}", "24"), ("5 \\pmod 7", "5"), ("x \\equiv 5 \\pmod{7}", "5 \\pmod 7"),
+        ("5 \\text{ cm and } 6 \\text{ cm}", "5, 6"),
     ],
     "percent": [
         ("50\\%", "50"), ("50", "50\\%"), ("50\\%", "0.5"), ("\\frac{1}{2}", "50\\%"), ("12.5 percent", "12.5\\%"),
@@ -40,6 +48,7 @@ EQUAL = {
         ("x = 1 \\text{ or } x = 2", "2,1"), ("x=1,2", "1,2"), ("\\{1, 1, 2\\}", "\\{1, 2\\}"),
         ("100,200", "200, 100"), ("1,2, and 3", "3,2,1"), ("\\emptyset", "\\{\\}"), ("no solution", "\\varnothing"),
         ("\\{\\frac12, \\sqrt{4}\\}", "\\{2, 0.5\\}"), ("y=2, x=1", "x=1, y=2"),
+        ("1,000, 2,000", "2000, 1000"), ("\\text{blue and red}", "\\text{red, blue}"), ("\\text{(A) and (C)}", "A, C"),
     ],
     "tuples": [
         ("(1,2)", "(1, 2)"), ("\\left(\\frac{1}{2}, 3\\right)", "(0.5,3)"), ("(x,y)=(1,2)", "(1,2)"),
@@ -62,6 +71,8 @@ EQUAL = {
         ("(1,2)", "1<x<2"), ("\\{x \\mid x > 2\\}", "(2,\\infty)"), ("\\mathbb{R}", "(-\\infty, \\infty)"),
         ("\\text{all real numbers}", "\\mathbb{R}"),
         ("\\mathbb{R} \\setminus \\{2\\}", "\\mathbb{R}\\setminus\\{2\\}"),
+        ("x \\ne 2", "\\mathbb{R}\\setminus\\{2\\}"), ("x \\neq 0", "(-\\infty,0)\\cup(0,\\infty)"),
+        ("x>5, x<7", "(5,7)"), ("x < 7 \\text{ and } x > 5", "5<x<7"), ("x<1, x>2", "(-\\infty,1)\\cup(2,\\infty)"),
     ],
     "closed forms": [
         ("\\sqrt{8}", "2\\sqrt{2}"), ("\\frac{1}{\\sqrt2}", "\\frac{\\sqrt{2}}{2}"),
@@ -77,7 +88,7 @@ EQUAL = {
     "letters and words": [
         ("A", "A"), ("(A)", "A"), ("A.", "(A)"), ("\\text{A}", "A"), ("\\textbf{(B)}\\ 12", "B"), ("(b)", "B"),
         ("C) 5 apples", "C"), ("Option D", "D"), ("A, C", "C, A"), ("Yes", "yes"), ("\\text{Evelyn}", "Evelyn"),
-        ("even", "\\text{even}"), ("x", "x"),
+        ("A", "(A) 5"), ("5", "\\textbf{(A)}\\ 5"), ("even", "\\text{even}"), ("x", "x"),
     ],
 }  # fmt: skip
 
@@ -93,6 +104,9 @@ DIFFERENT = {
         ("5 cm", "5 m"), ("5\\text{ kg}", "5\\text{ g}"), ("6 cm", "5"), ("\\$5", "\\$6"), ("€5", "\\$5"),
         ("25\\text{ cm}^2", "25\\text{ cm}^3"), ("3m", "3"), ("2t", "2"), ("5c", "5"), ("2516_7", "2516_8"),
         ("60^\\circ", "\\frac{\\pi}{3}"), ("1 m", "100 cm"),
+        ("5\\text{ is not the answer}", "5"), ("5\\text{ or more}", "5"), ("3\\text{ if even}", "3"),
+        ("2\\text{ million}", "2"),
+        ("5 \\text{ approximately}", "5"), ("45^\\circ F", "45^\\circ C"), ("5 \\pmod 8", "5 \\pmod 7"),
     ],
     "percent": [
         ("50\\%", "5"), ("0.5\\%", "50"), ("5\\%", "50\\%"), ("0.5", "0.5\\cdot 100"),
@@ -103,7 +117,8 @@ DIFFERENT = {
     "sets and lists": [
         ("1", "1, 2"), ("1,2,3", "1,2"), ("1,2", "1,3"), ("\\{1,2\\}", "\\{1,2,3\\}"), ("1, 1", "1, 2"),
         ("\\{1,2\\}", "(1,2)"), ("x=2, y=1", "x=1, y=2"), ("\\emptyset", "0"), ("1,2", "12"), ("2, 2", "2"),
-        ("1 and 2", "1"), ("3", "1+2, 3"),
+        ("1 and 2", "1"), ("3", "1+2, 3"), ("\\{\\emptyset\\}", "\\emptyset"), ("red and blue", "red"),
+        ("1,000, 2,000", "1000"),
     ],
     "tuples": [
         ("(2,1)", "(1,2)"), ("(1,2,3)", "(1,2)"), ("[1,2]", "(1,2)"), ("2,1", "(1,2)"), ("(1,2)", "[1,2)"),
@@ -112,12 +127,14 @@ DIFFERENT = {
     ],
     "assignments": [
         ("x=5", "y=5"), ("x=5", "6"), ("x^2=4", "4"), ("2x=10", "x=5"), ("2x=10", "10"), ("y=2x+1", "y=2x-1"),
-        ("f(x)=x", "x^2"), ("x+5", "5"),
+        ("f(x)=x", "x^2"), ("x+5", "5"), ("5=6", "6"), ("1=2", "2"),
     ],
     "intervals": [
         ("x \\ge 2", "(2,\\infty)"), ("x<2", "x>2"), ("(1,2)", "1 \\le x \\le 2"), ("(1,3)", "(1,2)"),
         ("[1,\\infty)", "(1,\\infty)"), ("(-\\infty,1)", "(-\\infty,1)\\cup(2,\\infty)"), ("x>2", "2"),
         ("\\mathbb{R}\\setminus\\{2\\}", "\\mathbb{R}\\setminus\\{3\\}"),
+        ("x \\ne 1", "x \\ne -1"), ("x \\ne 1", "1"), ("x>5, x<7", "(-\\infty,7)\\cup(5,\\infty)"),
+        ("x>7, x<5", "(5,7)"),
     ],
     "closed forms": [
         ("\\sqrt{2}+\\sqrt{3}", "\\sqrt{5}"), ("(x+1)^2", "x^2+1"), ("x", "y"), ("x", "X"), ("|x|", "x"),
@@ -127,10 +144,11 @@ DIFFERENT = {
     ],
     "letters and words": [
         ("A", "B"), ("(A)", "B"), ("A", "C, A"), ("B) 5", "A"), ("Yes", "No"), ("Monday", "Tuesday"), ("ACB", "ABC"),
-        ("5", "A"), ("A", "5"), ("a", "B"), ("infinitely many", "\\text{none}"),
+        ("5", "A"), ("A", "5"), ("B", "(A) 5"), ("(B) 5", "(A) 5"), ("a", "B"), ("infinitely many", "\\text{none}"),
     ],
     "nothing": [
-        ("", "5"), ("   ", "5"), ("$$", "5"), ("\\frac{", "5"), ("5 5", "55"), ("???", "5"), ("\\text{}", "5"),
+        ("", "5"), ("   ", "5"), ("$$", "5"), ("\\frac{", "5"), ("5 5", "55"), ("\\frac123", "1/23"), ("???", "5"),
+        ("\\text{}", "5"),
     ],
 }  # fmt: skip
 
@@ -171,6 +189,13 @@ def test_a_gold_answer_that_cannot_be_read_gives_unknown(gold):
 @pytest.mark.parametrize("gold", ["\\nonsense{3}{4}", "the series converges for all real numbers"])
 def test_the_very_text_of_an_unreadable_gold_answer_is_correct(gold):
     assert check(gold, gold).verdict is CORRECT
+
+
+@pytest.mark.parametrize("share", ["0.5", "\\frac12", "0.01"])
+def test_a_share_is_not_so_many_percent_but_percent_may_be_given_without_the_sign(share):
+    assert check(share + "\\%", share).verdict is WRONG
+    assert check(share, share + "\\%").verdict is CORRECT
+    assert check("5\\%", "5").verdict is CORRECT
 
 
 def test_no_answer_is_wrong_and_says_so():

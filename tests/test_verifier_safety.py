@@ -1,14 +1,23 @@
 """Model output is data: it is never run, and no size of it costs more than a moment."""
 
+import contextlib
+import json
+import struct
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from megatron_oreal.verifier import symbolic
+from megatron_oreal.config import VerifierConfig
+from megatron_oreal.verifier import VerifierPool, VerifyItem, symbolic
 from megatron_oreal.verifier.rules import check, judge_response
 from megatron_oreal.verifier.verdict import Verdict
+
+FINISH_WORDS = VerifierConfig().thinking_finish_words
 
 
 def _payloads(path):
@@ -78,6 +87,8 @@ MONSTERS = [
     "(" * 900 + "1" + ")" * 900, "-" * 1900 + "1", "{" * 900 + "1" + "}" * 900, "1+" * 900 + "1", "x" * 1999,
     "\\sqrt" * 390 + "2", "|" * 1999, "\\frac" * 390, "1," * 990 + "1", "2^" * 900 + "2", "\\pm" * 600, "(1," * 600,
     "1" * 1999, '"' * 1999, "1 " * 900, "1/" * 900 + "1",
+    "5" + " " * 1900 + "x", "5" + "\t" * 1900 + "million", "\\text{a" + " " * 1900 + "and b}", "5 million" * 220,
+    "\\pmod{" * 300, "a,b" * 600, "x>1," * 400 + "x<2", "{" * 900 + "\\over" + "}" * 900,
 ]  # fmt: skip
 
 
@@ -119,3 +130,101 @@ def test_simple_answers_import_no_sympy_and_no_mpmath():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+HOSTILE = Path(__file__).parent / "data/verifier_hostile.jsonl"
+DEADLINE_S, MEMORY_MB = 1.0, 1024
+
+
+def _hostile(canary):
+    """Return (kind, response, gold); a response is a text or a list of texts and ``[text, count]`` repetitions."""
+    rows = []
+    for line in HOSTILE.read_text().splitlines():
+        row = json.loads(line)
+        parts = row["response"] if isinstance(row["response"], list) else [row["response"]]
+        text = "".join(part if isinstance(part, str) else part[0] * part[1] for part in parts)
+        rows.append((row["kind"], text.replace("@CANARY@", str(canary)), row["gold"]))
+    return rows
+
+
+class _Observer(threading.Thread):
+    """Looks at the workers from outside: the longest time at one item, the highest resident memory."""
+
+    def __init__(self, pool, folder):
+        super().__init__(daemon=True)
+        self.pool, self.folder = pool, folder
+        self.longest_s, self.peak_mb, self.done = 0.0, 0.0, False
+
+    def run(self):
+        while not self.done:
+            for pid in self.pool.worker_pids:
+                with contextlib.suppress(OSError, IndexError, struct.error):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    if "State:\tZ" in status:
+                        continue
+                    self.peak_mb = max(self.peak_mb, int(status.split("VmHWM:")[1].split()[0]) / 1024)
+                    (since,) = struct.unpack("d", (self.folder / str(pid)).read_bytes())
+                    if since:
+                        self.longest_s = max(self.longest_s, time.monotonic() - since)
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    folder = tmp_path / "watch"
+    folder.mkdir()
+    monkeypatch.setenv("VERIFIER_WATCH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    return folder
+
+
+def test_the_hostile_set_is_large_and_of_every_kind():
+    kinds = Counter(kind for kind, _, _ in _hostile("x"))
+    assert sum(kinds.values()) >= 200
+    assert len(kinds) >= 12
+    assert min(kinds.values()) >= 10
+    documents = "".join(path.read_text() for path in (HOSTILE.parents[2] / "docs").glob("*.md"))
+    assert f"{HOSTILE.name}`: {sum(kinds.values())} responses" in documents
+
+
+def test_no_hostile_response_runs_code_outlives_its_deadline_takes_memory_or_disturbs_its_batch(watched, tmp_path):
+    canary = tmp_path / "canary"
+    hostile = _hostile(canary)
+    items = []
+    for number, (kind, text, gold) in enumerate(hostile):
+        items.append(VerifyItem((kind, number), text, gold))
+        if number % 4 == 0:
+            items.append(VerifyItem(("ordinary", number), f"so \\boxed{{{number}\\sqrt{{8}}}}", f"{2 * number}\\sqrt2"))
+    with VerifierPool(2, DEADLINE_S, FINISH_WORDS, memory_limit_mb=MEMORY_MB, checker="verifier_watched:judge") as pool:
+        observer = _Observer(pool, watched)
+        observer.start()
+        judgements = pool.verify(items)
+        observer.done = True
+        observer.join()
+    for item, judgement in zip(items, judgements, strict=True):
+        if item.key[0] == "ordinary":
+            assert judgement.verdict is Verdict.CORRECT, (item, judgement)
+            continue
+        assert judgement.verdict is not Verdict.CORRECT, (item.key, item.text[:200], judgement)
+        if judgement.verdict is Verdict.UNKNOWN:
+            assert judgement.reason == f"deadline of {DEADLINE_S:g} s exceeded", (item.key, item.text[:200], judgement)
+    assert 0.5 * DEADLINE_S < observer.longest_s < DEADLINE_S + 1
+    assert 20 < observer.peak_mb < MEMORY_MB
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 + 1",
+        "__import__('os').system('true')",
+        "open('{}', 'w')",
+        "__import__('socket').socket()",
+        "__import__('os').fork()",
+    ],
+)
+def test_the_watch_catches_a_checker_that_evaluates_answers(text, watched, tmp_path):
+    with VerifierPool(1, 20, checker="verifier_watched:evaluate") as pool:
+        (judgement,) = pool.verify([VerifyItem(0, text.format(tmp_path / "written"), "2")])
+    assert judgement.reason == "worker ended with status 99"
+    assert not (tmp_path / "written").exists()

@@ -30,3 +30,9 @@ def modules(text, stopped, gold, finish_words, stop_words):
     from megatron_oreal.verifier.verdict import Judgement, Verdict
 
     return Judgement(Verdict.WRONG, " ".join(sorted(sys.modules)))
+
+
+def with_question(text, stopped, gold, finish_words, stop_words, *, question):
+    if text == question:
+        return True
+    return {"true": True, "false": False, "none": None, "number": 1}[text]

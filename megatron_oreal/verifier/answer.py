@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 
 MAX_CONCLUSION_CHARS = 50_000
 _MAX_STATEMENT_CHARS = 1_000
+_MAX_LISTED_BOXES = 20
+_MAX_CHARS_AFTER_NUMBER = 40
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _BARE_BOX = re.compile(r"[^\s{}$]+")
+_BETWEEN_BOXES = re.compile(r"(?:[\s,;$.]|\\[()\[\]]|\band\b|\bor\b|\\text\{\s?,?\s?(?:and|or)\s?\}){1,60}")
+_SEPARATOR = re.compile(r"[,;]|\band\b|\bor\b")
 _STOP_TOKENS = re.compile(r"(?:\s*(?:<\|[^|<>]{1,40}\|>|</s>|<eos>))+\s*\Z")
-_STATEMENT = re.compile(r"\banswer\b[\s*_]{0,4}(?:is|are|:|=)[\s*_:=]{0,6}", re.IGNORECASE)
-_STATEMENT_END = re.compile(r"\.(?:\s|$)|\n|$")
+_STATEMENT = re.compile(
+    r"\b(?:answers?|(?:correct|right|best) (?:option|choice))\b(?: to (?:the|this|your) \w{1,20})?[\s*_]{0,4}"
+    r"(?:is|are|equals|(?:must|would|should|will) be|:|=)[\s*_:=]{0,6}"
+    r"(?:(?:then|therefore|thus|hence|indeed|simply|just|given by|equal to)[\s*_:=,]{1,6})?",
+    re.IGNORECASE,
+)
+_STATEMENT_END = re.compile(r"\.(?:\s|$)|\n|,?\s(?:because|since|where|which|as)\s|$")
 _DIGITS = r"\d{1,1000}(?:,\d{3}(?!\d)){0,300}(?:\.\d{1,1000})?"
 _NUMBER = re.compile(
     rf"(?:(?<![\w)}}\]])[-−])?(?:\\[dt]?frac\{{-?\d{{1,1000}}\}}\{{-?\d{{1,1000}}\}}|(?<![\w.]){_DIGITS}(?:/{_DIGITS})?)"
@@ -26,7 +37,8 @@ def conclusion(text: str, finish_words: Sequence[str], stop_words: Sequence[str]
     At most the last 50,000 characters are returned.
     """
     start = max((at + len(word) for word in finish_words if word and (at := text.rfind(word)) >= 0), default=0)
-    tail = text[max(start, len(text) - MAX_CONCLUSION_CHARS) :].rstrip()
+    text = text[start:].rstrip()
+    tail = text[max(0, len(text) - MAX_CONCLUSION_CHARS) :]
     for word in stop_words:
         if word:
             tail = tail.removesuffix(word).rstrip()
@@ -37,26 +49,46 @@ def conclusion(text: str, finish_words: Sequence[str], stop_words: Sequence[str]
 def extract_answer(text: str, finish_words: Sequence[str] = (), stop_words: Sequence[str] = ()) -> str | None:
     r"""Return the final answer of a response, or None when it states none.
 
-    In order: the last complete ``\boxed{...}`` (nested braces), the last "the answer is ..." or "answer: ...", the last
-    number. Only the conclusion counts (see ``conclusion``).
+    In order: the last complete ``\boxed{...}`` (nested braces; several that only commas, "and" or "or" separate are one
+    list), the last "the answer is ..." or "answer: ...", the number that it ends on. Only the conclusion counts (see
+    ``conclusion``), and no number in a box that is never closed.
     """
     text = conclusion(text, finish_words, stop_words)
-    return _last_box(text) or _last_statement(text) or _last_number(text)
+    boxes, unclosed = _boxes(text)
+    return _last_boxes(text, boxes) or _last_statement(text) or _last_number(text[:unclosed])
 
 
-def _last_box(text: str) -> str | None:
+def _boxes(text: str) -> tuple[list[tuple[int, int, int, int]], int | None]:
+    """Return (start, start of the content, its end, end) of every box, and where the last unclosed one starts."""
     closing = _closing_braces(text)
-    for box in reversed(list(_BOX.finditer(text))):
+    boxes, unclosed = [], None
+    for box in _BOX.finditer(text):
         at = box.end()
         if at < len(text) and text[at] == "{":
             end = closing.get(at)
-            content = text[at + 1 : end].strip() if end is not None else ""
-        else:
-            bare = _BARE_BOX.match(text, at)
-            content = bare.group() if bare else ""
-        if content:
-            return content
-    return None
+            if end is None:
+                unclosed = box.start()
+            else:
+                boxes.append((box.start(), at + 1, end, end + 1))
+        elif bare := _BARE_BOX.match(text, at):
+            boxes.append((box.start(), at, bare.end(), bare.end()))
+    return boxes, unclosed
+
+
+def _last_boxes(text: str, boxes: list[tuple[int, int, int, int]]) -> str | None:
+    """Return the content of the last box that has one, with those it is listed with; sliced only where needed."""
+    while boxes and not text[boxes[-1][1] : boxes[-1][2]].strip():
+        boxes.pop()
+    if not boxes:
+        return None
+    start = boxes[-1][0]
+    contents = [text[boxes[-1][1] : boxes[-1][2]].strip()]
+    for before, at, end, after in reversed(boxes[:-1][-_MAX_LISTED_BOXES:]):
+        if not _BETWEEN_BOXES.fullmatch(text, after, start) or not _SEPARATOR.search(text, after, start):
+            break
+        contents.append(text[at:end].strip())
+        start = before
+    return ", ".join(reversed(list(dict.fromkeys(contents))))
 
 
 def closing_brace(text: str, at: int) -> int | None:
@@ -79,8 +111,8 @@ def _last_statement(text: str) -> str | None:
     for statement in reversed(list(_STATEMENT.finditer(text))):
         rest = text[statement.end() : statement.end() + _MAX_STATEMENT_CHARS]
         for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-            if rest.startswith(opening) and (end := rest.find(closing, len(opening))) > 0:
-                rest = rest[len(opening) : end]
+            if rest.startswith(opening) and (end := _unescaped(closing).search(rest, len(opening))):
+                rest = rest[len(opening) : end.start()]
                 break
         else:
             end_match = _STATEMENT_END.search(rest)
@@ -90,6 +122,17 @@ def _last_statement(text: str) -> str | None:
     return None
 
 
+@lru_cache(maxsize=4)
+def _unescaped(delimiter: str) -> re.Pattern[str]:
+    r"""Match a closing delimiter; ``\$`` is money."""
+    return re.compile((r"(?<!\\)" if delimiter[0] == "$" else "") + re.escape(delimiter))
+
+
 def _last_number(text: str) -> str | None:
-    numbers = _NUMBER.findall(text[-_MAX_STATEMENT_CHARS * 5 :])
-    return numbers[-1] if numbers else None
+    """Return the number that the text ends on; none when it ends in a question or goes on about something else."""
+    text = text[-_MAX_STATEMENT_CHARS * 5 :].rstrip()
+    if text.endswith("?"):
+        return None
+    numbers = deque(_NUMBER.finditer(text), maxlen=1)
+    last = numbers[0] if numbers else None
+    return last.group() if last and len(text) - last.end() <= _MAX_CHARS_AFTER_NUMBER else None

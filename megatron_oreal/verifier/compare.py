@@ -58,6 +58,8 @@ def _same_scalar(gold: Scalar, answer: Scalar) -> bool:
     answer_text, answer_unit = split_unit(answer.text)
     if gold_unit and answer_unit and gold_unit != answer_unit:
         return False
+    if answer_unit == "%" and not gold_unit and _is_share(gold_text):
+        return _same_value(gold_text, f"({answer_text})/100")
     if _same_value(gold_text, answer_text):
         return True
     # 50% may be given as 50, and 1/2 as 50%: the sign in only one of the two is ignored, and its value is no mistake.
@@ -66,6 +68,12 @@ def _same_scalar(gold: Scalar, answer: Scalar) -> bool:
     if answer_unit == "%" and not gold_unit:
         return _same_value(gold_text, f"({answer_text})/100")
     return False
+
+
+def _is_share(text: str) -> bool:
+    """Tell whether a value lies strictly between 0 and 1, so that an answer in percent can only mean a hundredth."""
+    value = values.exact(_node("gold", text))
+    return value is not None and 0 < value < 1
 
 
 def _same_value(gold: str, answer: str) -> bool:
@@ -91,9 +99,22 @@ def _too_large(node: Node) -> bool:
 def _same_intervals(gold: Intervals | None, answer: Intervals | None) -> bool:
     if gold is None or answer is None:
         return False
+    gold, answer = _intersected("gold", gold), _intersected("answer", answer)
     if len(gold.parts) != len(answer.parts):
         return False
     return _match(list(gold.parts), list(answer.parts), _same_interval)
+
+
+def _intersected(side: str, intervals: Intervals) -> Intervals:
+    """Read two listed rays that overlap, x > 1 and x < 2, as what both allow: together they would say nothing."""
+    if not intervals.listed or len(intervals.parts) != 2:
+        return intervals
+    down, up = sorted(intervals.parts, key=lambda part: "infty" not in part.low)
+    if "infty" not in down.low or "infty" not in up.high or "infty" in down.high or "infty" in up.low:
+        return intervals
+    if not values.less(_node(side, up.low), _node(side, down.high)):
+        return intervals
+    return Intervals((Interval(up.low, down.high, up.low_open, down.high_open),))
 
 
 def _same_interval(gold: Interval, answer: Interval) -> bool:
@@ -103,6 +124,9 @@ def _same_interval(gold: Interval, answer: Interval) -> bool:
 
 
 def _as_sequence(shape: Shape) -> Sequence:
+    """Take one value for a list of one; the empty set is the set of nothing, and so not the set of the empty set."""
+    if isinstance(shape, Scalar) and squeeze(shape.text) == "\\emptyset":
+        return Sequence("set", ())
     return shape if isinstance(shape, Sequence) else Sequence("list", (shape,))
 
 
@@ -168,9 +192,11 @@ def _match(gold: list[T], answer: list[T], equal: Callable[[T, T], bool]) -> boo
 
 
 def _same_equation(gold: Shape, answer: Shape) -> bool:
-    """Equations in several unknowns are equal when the differences of their sides are proportional."""
+    """Equations that do not just name a value are equal when the differences of their sides are proportional."""
     gold_node, answer_node = _difference("gold", gold), _difference("answer", answer)
-    if gold_node is None or answer_node is None or len(values.symbols(gold_node)) < 2:
+    if gold_node is None or answer_node is None:
+        return False
+    if len(values.symbols(gold_node)) < 2 and not (isinstance(gold, Equation) and isinstance(answer, Equation)):
         return False
     try:
         outcome = values.proportional(gold_node, answer_node)

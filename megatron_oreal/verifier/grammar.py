@@ -21,6 +21,10 @@ class UnreadableError(ValueError):
     """The text is not in the grammar."""
 
 
+class AmbiguousError(UnreadableError):
+    """The text is notation that readers take differently."""
+
+
 class TooLargeError(ValueError):
     """The value, or one on the way to it, lies outside the bounds of this room."""
 
@@ -128,17 +132,19 @@ class _Parser:
         while True:
             if self.accept("*"):
                 left = Node("mul", (left, self.factor()))
-            elif self.accept("/"):
+            elif self.accept("/") or (self.text.count(":") == 1 and self.accept(":")):
                 left = Node("div", (left, self.factor()))
             elif self.starts_operand():
-                if self.peek().isdigit():
-                    raise UnreadableError("two numbers without an operator")
+                if self.peek().isdigit() and self.text[self.at - 1] != "!":
+                    raise AmbiguousError("two numbers without an operator")
                 left = Node("mul", (left, self.factor()))
             else:
                 return left
 
     def starts_operand(self) -> bool:
         at = self.peek()
+        if self.text.startswith(("\\rfloor", "\\rceil"), self.at):
+            return False
         return bool(at) and (at.isalnum() or at in '([{\\"' or (at == "|" and not self.bars))
 
     def factor(self) -> Node:

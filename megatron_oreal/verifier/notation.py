@@ -26,6 +26,8 @@ _UNICODE = str.maketrans(
 )  # fmt: skip
 
 _END = r"(?![A-Za-z])"
+_DECIMAL = r"(?<![\d.])(\d{1,50}\.\d{0,50}"
+_DOTS = rf"(?:\.\.\.|…|\\[lc]?dots{_END})"
 _REWRITES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -34,13 +36,23 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"(?<!\\)(?:\\!|\\[\[\]()])", ""),
         (r"\{,\}", ","),
         (rf"(?<!\\)\\[,;: ]|~|\\(?:quad|qquad|enspace|thinspace){_END}", " "),
+        (rf"\\(?:[vh]?phantom|color)\s*\{{[^{{}}]*\}}|\\(?:rm|bf|it){_END}", ""),
+        (r"\\textcolor\s*\{[^{}]*\}", ""),
+        (rf"\{{([^{{}}]*)\\over{_END}([^{{}}]*)\}}", r"\\frac{\1}{\2}"),
+        (rf"\{{([^{{}}]*)\\choose{_END}([^{{}}]*)\}}", r"\\binom{\1}{\2}"),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\[dt]binom", r"\\binom"),
         (rf"\\(?:leqslant|leq|le){_END}", "<="),
         (rf"\\(?:geqslant|geq|ge){_END}", ">="),
         (rf"\\lt{_END}", "<"),
         (rf"\\gt{_END}", ">"),
-        (rf"\\neq?{_END}", "!="),
+        (rf"\\neq?{_END}|\\not\s*=", "!="),
+        (r"\\p?mod\s*\{(\w{1,20})\}|\\p?mod\s+(\w{1,20})|\(\s*(?:\\mod|mod)\s+(\w{1,20})\)", r'"mod \1\2\3"'),
+        (rf"\\equiv{_END}(?=.*mod)", "="),
+        (rf"{_DECIMAL})\\dot\s*\{{?(\d)\}}?", r"\1\\overline{\2}"),
+        (rf"{_DECIMAL})\((\d{{1,50}})\)", r"\1\\overline{\2}"),
+        (rf"{_DECIMAL}?)(\d)\2{{2,50}}{_DOTS}", r"\1\\overline{\2}"),
+        (rf"{_DECIMAL}?)(\d{{2,12}}?)\2{{1,20}}{_DOTS}", r"\1\\overline{\2}"),
         (r"\\\$", "¤"),
         (r"\$", ""),
         (r"\\%", "%"),
@@ -57,17 +69,20 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
     )
 ]
 _TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt|sc)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|boldsymbol)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt|sc)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|boldsymbol|underline)\s*\{([^{}]*)\}"
 )
+_CHOICES = re.compile(r"\([A-J]\)(?:\s*(?:,|and|or)\s*\(?[A-J]\)?)*|[A-J](?:\s*(?:,|and|or)\s*[A-J])+")
+_WORD_LIST = re.compile(r"[A-Za-z]{2,20}(?:\s*(?:,|;|\band\b|\bor\b)\s*[A-Za-z]{2,20})+")
 _CONJUNCTION = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*,?\s*", re.IGNORECASE)
 _NO_SOLUTION = re.compile(r'\s*"?\s*(?:no\s+(?:real\s+)?solutions?|(?:the\s+)?empty\s+set|none)\s*"?\s*', re.IGNORECASE)
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?!\d| \d)")
 
 
 def clean(text: str) -> str:
     r"""Normalise notation; linear in the length of ``text``. An enclosing ``\boxed{}`` is opened."""
-    text = text.translate(_UNICODE).strip().strip("`")
+    # One space for many: the patterns here and in units take time that grows fast with the length of a run of spaces.
+    text = re.sub(r"\s+", " ", text.translate(_UNICODE)).strip().strip("`")
     text = text.removeprefix("**").removesuffix("**").strip()
     for box in (r"\boxed{", r"\fbox{"):
         if text.startswith(box) and closing_brace(text, len(box) - 1) == len(text) - 1:
@@ -77,7 +92,7 @@ def clean(text: str) -> str:
     text = _TEXT.sub(_quote, text)
     text = _CONJUNCTION.sub(",", text) if re.search(r"[\d)}\]⦄A-Za-z]\W*\b(?:and|or)\b", text, re.IGNORECASE) else text
     text = text.replace("**", "^").strip()
-    text = re.sub(r"(?:\.(?!\d)|[,;:\s])+\Z", "", text)
+    text = re.sub(r"(?:\.(?!\d)|[,;:\s]|(?<!\\)\\(?=\s*\Z))+\Z", "", text)
     if _NO_SOLUTION.fullmatch(text) or text.replace(" ", "") in (SET_OPEN + SET_CLOSE, "{}"):
         return r"\emptyset"
     return _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
@@ -94,8 +109,13 @@ def _quote(match: re.Match[str]) -> str:
         return " "
     if content.lower() in ("and", "or", ", and", ", or", ",and", ",or"):
         return ","
-    if re.fullmatch(r"[\d.,+\-*/^()\s%°¤]+", content) or content in ("(A)", "(B)", "(C)", "(D)", "(E)"):
+    if re.fullmatch(r"[\d.,+\-*/^()\s%°¤]+", content) or _CHOICES.fullmatch(content):
         return content
+    if unit := re.fullmatch(r"([A-Za-z/^\d ]{1,40}?)\s*,?\s(?:and|or)", content):
+        return f'"{unit.group(1)}",'
+    if _WORD_LIST.fullmatch(content):
+        words = [word.strip() for word in re.split(r"[,;]|\band\b|\bor\b", content)]
+        return ",".join(f'"{word}"' for word in words if word)
     return f'"{content}"'
 
 

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from megatron_oreal.errors import UserError
 from megatron_oreal.verifier import worker as worker_module
 from megatron_oreal.verifier.verdict import Judgement, Verdict
 
@@ -40,6 +41,7 @@ class VerifyItem:
     text: str
     gold: str
     stopped: bool = True
+    question: str = ""
 
 
 @dataclass(slots=True)
@@ -60,7 +62,7 @@ class VerifierPool:
     starts no thread, installs no signal handler, and works only inside its methods; workers run on between them.
 
     ``memory_limit_mb`` bounds the address space of a worker. ``checker`` is a ``module:function`` that a worker
-    imports, called with (text, stopped, gold, finish_words, stop_words).
+    imports; ``worker.Checker`` says how it is called. ``UserError`` from any method when the workers cannot load it.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class VerifierPool:
         if num_processes < 1 or deadline_s <= 0:
             raise ValueError(f"num_processes={num_processes} and deadline_s={deadline_s} must be positive")
         self.deadline_s = deadline_s
+        self._checker = checker
         self._arguments = ["--deadline-s", str(deadline_s), "--memory-mb", str(memory_limit_mb), "--checker", checker]
         self._arguments += [f"--finish-word={word}" for word in thinking_finish_words]
         self._arguments += [f"--stop-word={word}" for word in stop_words]
@@ -103,6 +106,7 @@ class VerifierPool:
             config.thinking_finish_words,
             stop_words=stop_words,
             memory_limit_mb=config.memory_limit_mb,
+            checker=config.checker,
         )
 
     def __enter__(self) -> VerifierPool:
@@ -120,24 +124,31 @@ class VerifierPool:
         """Process ids of the workers that are alive now."""
         return [worker.process.pid for worker in self._workers]
 
-    def submit(self, key: Hashable, text: str, gold: str, *, stopped: bool = True) -> None:
+    def wait_until_ready(self) -> None:
+        """Wait until a worker has loaded the checker. ``UserError`` when it cannot be loaded."""
+        self._require_open()
+        while not any(worker.ready for worker in self._workers):
+            self._pump(_START_S)
+
+    def submit(self, key: Hashable, text: str, gold: str, *, stopped: bool = True, question: str = "") -> None:
         """Queue one response and return at once; ``ValueError`` when ``key`` is in flight already."""
         self._require_open()
         if key in self._in_flight:
             raise ValueError(f"an item with key {key!r} is in flight already")
-        self._in_flight.add(key)
-        self._keys[self._next_number] = key
-        self._waiting.append((self._next_number, text, stopped, gold))
-        self._next_number += 1
+        self._enqueue(VerifyItem(key, text, gold, stopped, question))
         self._pump(0)
 
-    def drain(self, timeout_s: float = 0) -> list[tuple[Hashable, Judgement]]:
-        """Return what has been judged since the last call, waiting up to ``timeout_s`` seconds for a first one."""
+    def drain(self, timeout_s: float = 0, wake: socket.socket | None = None) -> list[tuple[Hashable, Judgement]]:
+        """Return what has been judged since the last call, waiting up to ``timeout_s`` seconds for a first one.
+
+        With ``wake`` the wait ends as well when that socket can be read, and goes on while nothing is in flight.
+        """
         self._require_open()
         end = time.monotonic() + timeout_s
         self._pump(0)
-        while not self._done and self._in_flight and (left := end - time.monotonic()) > 0:
-            self._pump(left)
+        while not self._done and (self._in_flight or wake) and (left := end - time.monotonic()) > 0:
+            if self._pump(left, wake):
+                break
         return list(self._take())
 
     def results(self) -> Iterator[tuple[Hashable, Judgement]]:
@@ -158,10 +169,7 @@ class VerifierPool:
         if len(by_key) != len(items):
             raise ValueError("the keys of the items are not unique")
         for item in items:
-            self._in_flight.add(item.key)
-            self._keys[self._next_number] = item.key
-            self._waiting.append((self._next_number, item.text, item.stopped, item.gold))
-            self._next_number += 1
+            self._enqueue(item)
         judgements: dict[Hashable, Judgement] = {}
         for key, judgement in self.results():
             judgements[key] = judgement
@@ -182,6 +190,13 @@ class VerifierPool:
         self._waiting.clear()
         self._in_flight.clear()
         self._keys.clear()
+
+    def _enqueue(self, item: VerifyItem) -> None:
+        self._in_flight.add(item.key)
+        self._keys[self._next_number] = item.key
+        text = item.text if item.stopped else ""  # a truncated response is wrong whatever it says
+        self._waiting.append((self._next_number, text, item.stopped, item.gold, item.question))
+        self._next_number += 1
 
     def _require_open(self) -> None:
         if self._closed:
@@ -215,12 +230,19 @@ class VerifierPool:
             )
             return _Worker(process, Connection(ours.detach()), stderr, since=time.monotonic())
 
-    def _pump(self, timeout_s: float) -> None:
-        """Hand out work, wait up to ``timeout_s`` for news, take it in, replace the workers that are gone."""
+    def _pump(self, timeout_s: float, wake: socket.socket | None = None) -> bool:
+        """Hand out work, wait up to ``timeout_s`` for news, take it in, replace the workers that are gone.
+
+        True when ``wake`` can be read.
+        """
         self._assign()
-        by_connection = {worker.connection: worker for worker in self._workers}
-        for connection in wait(list(by_connection), self._wait_s(timeout_s)):
-            worker = by_connection[connection]  # type: ignore[index]
+        by_connection: dict[object, _Worker] = {worker.connection: worker for worker in self._workers}
+        sources = [worker.connection for worker in self._workers]
+        ready = wait([*sources, wake] if wake else sources, self._wait_s(timeout_s))
+        for connection in ready:
+            if connection is wake:
+                continue
+            worker = by_connection[connection]
             try:
                 while worker.connection.poll():
                     self._receive(worker, worker.connection.recv())
@@ -231,6 +253,7 @@ class VerifierPool:
                 worker.process.kill()
                 self._replace(worker)
         self._assign()
+        return wake in ready
 
     def _overdue(self, worker: _Worker) -> float:
         """Seconds left before the parent itself kills a silent worker; the worker's own timer comes first."""
@@ -263,9 +286,9 @@ class VerifierPool:
             worker.ready = True
             self._failed_starts = 0
             return
-        number, verdict, reason, answer = message
+        number, verdict, reason, answer, seconds = message
         worker.items.popleft()
-        self._finish(number, Judgement(Verdict(verdict), reason, answer))
+        self._finish(number, Judgement(Verdict(verdict), reason, answer, seconds=seconds))
 
     def _finish(self, number: int, judgement: Judgement) -> None:
         self._done.append((self._keys.pop(number), judgement))
@@ -276,7 +299,8 @@ class VerifierPool:
         status = worker.process.wait()
         self._workers.remove(worker)
         if worker.items and status != worker_module.RECYCLED:
-            self._finish(worker.items.popleft()[0], Judgement(Verdict.UNKNOWN, self._cause(status)))
+            seconds = time.monotonic() - worker.since
+            self._finish(worker.items.popleft()[0], Judgement(Verdict.UNKNOWN, self._cause(status), seconds=seconds))
         self._waiting.extendleft(reversed(worker.items))
         if not worker.ready:
             self._failed_starts += 1
@@ -285,6 +309,8 @@ class VerifierPool:
                 words = worker.stderr.read()[-2000:].decode(errors="replace").strip().rpartition("\n")[2]
                 worker.stderr.close()
                 self.close()
+                if self._checker != RULES:
+                    raise UserError(f"verifier.checker={self._checker!r} cannot be loaded by the workers: {words}")
                 raise RuntimeError(f"{MAX_FAILED_STARTS} verifier workers in a row died at their start: {words}")
         worker.stderr.close()
         self._workers.append(self._start())

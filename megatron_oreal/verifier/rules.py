@@ -1,8 +1,9 @@
 """The rule checker: is this answer the gold answer?
 
-Conventions: a unit, percent, degree or currency sign that only one of the two has is ignored; plus-minus stands for
-both values; order matters in tuples, not in sets or in lists of solutions; ``x = 5`` is 5; an inequality is its
-interval; a decimal equals a fraction only exactly; equivalent closed forms are equal.
+Conventions: a unit, percent, degree or currency sign that only one of the two has is ignored (but 0.5 is not 0.5%);
+"million" is part of the value; a number to a base is not its decimal value; plus-minus stands for both values; order
+matters in tuples, not in sets or in lists of solutions; ``x = 5`` is 5; an inequality is its interval; a decimal equals
+a fraction only exactly; equivalent closed forms are equal.
 
 Plain numbers are decided first, without a parser; then come the structure (``shape``) and the values (``values``);
 math-verify sees only what is left (``symbolic``).
@@ -17,7 +18,7 @@ from fractions import Fraction
 from megatron_oreal.verifier import symbolic
 from megatron_oreal.verifier.answer import extract_answer
 from megatron_oreal.verifier.compare import Undecided, same
-from megatron_oreal.verifier.grammar import TooLargeError, UnreadableError
+from megatron_oreal.verifier.grammar import AmbiguousError, TooLargeError, UnreadableError
 from megatron_oreal.verifier.notation import clean, squeeze
 from megatron_oreal.verifier.shape import read
 from megatron_oreal.verifier.verdict import Judgement, Verdict
@@ -28,6 +29,7 @@ _PLAIN = re.compile(
     r"\$?\s*(?P<sign>[+-]?)\s*(?:\\[dt]?frac\{(?P<top>\d{1,300})\}\{(?P<bottom>\d{1,300})\}"
     r"|(?P<whole>\d{1,3}(?:,\d{3}){1,99}|\d{1,300})(?P<decimals>\.\d{1,300})?(?:\s*/\s*(?P<divisor>\d{1,300}))?)\s*\$?\.?"
 )
+_GOLD_DESCRIBED = re.compile(r"\(([A-J])\)\s*([^\s(].*)", re.DOTALL)
 _GOLD_CHOICE = re.compile(r'[("\s]*([A-J])[)"\s]*')
 _CHOICE = re.compile(
     r'(?:option|choice|answer)?\s*"?\s*(?:\(\s*(?P<lower>[a-j])\s*\)|\(?\s*(?P<upper>[A-J])\s*(?:\)|(?=[.:"\s]|\Z)))"?'
@@ -91,6 +93,10 @@ def _check_notation(answer: str, text: str, gold: str) -> Judgement:
         given = _CHOICE.fullmatch(text)
         if given and (given["upper"] is None or given["upper"].isupper()):
             return _verdict((given["lower"] or given["upper"]).upper() == choice.group(1), answer)
+    if (described := _GOLD_DESCRIBED.fullmatch(gold)) and not _GOLD_DESCRIBED.fullmatch(text):
+        letter, gold = described.groups()
+        if given := _GOLD_CHOICE.fullmatch(text):
+            return _verdict(given.group(1) == letter, answer)
     try:
         outcome = _same(text, gold)
     except Undecided as undecided:
@@ -114,6 +120,8 @@ def _ask_math_verify(answer: str, text: str, gold: str, undecided: Undecided) ->
         if undecided.side == "answer":
             return Judgement(Verdict.WRONG, f"not equal: {cause}", answer)
         return Judgement(Verdict.UNKNOWN, f"gold answer: {cause}", answer)
+    if undecided.side == "answer" and isinstance(cause, AmbiguousError):
+        return Judgement(Verdict.WRONG, "not equal: answer cannot be read", answer)
     parsed_gold = symbolic.read(gold)
     if parsed_gold is None:
         if undecided.side == "answer" and isinstance(cause, UnreadableError):

@@ -56,9 +56,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """A union of intervals, in any order."""
+    """A union of intervals, in any order; ``listed`` when it stood as a list of inequalities, such as x > 1, x < 2."""
 
     parts: tuple[Interval, ...]
+    listed: bool = False
 
 
 Shape = Scalar | Equation | Opaque | Sequence | Intervals
@@ -70,6 +71,8 @@ _LABEL = re.compile(r"(?:[A-Za-z'(),|\s+*\-]|\\[a-zA-Z]+)+")
 _VALUE_COMMAND = re.compile(r"\\?(?:frac|sqrt|sin|cos|tan|log|ln|binom|pi|pm|mp|infty)(?![a-z])|-?\s*\\?(?:e|i)\s*\Z")
 _SYMBOL = re.compile(r"\\?[A-Za-z]+'*")
 _REALS = re.compile(r'\\mathbb\s*\{?R\}?|"?\s*all\s+real\s+numbers\s*"?', re.IGNORECASE)
+_REALS_WITHOUT = re.compile(r"\\mathbb\s*\{?R\}?\s*\\(?:setminus|backslash)\s*⦃([^⦃⦄]+)⦄")
+_LITERAL = re.compile(r"-?\d+")
 _COMPARISON = re.compile(r"<=|>=|<|>")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 
@@ -88,6 +91,8 @@ def _read(text: str, depth: int) -> Shape:
     text = text.strip()
     if depth > _MAX_DEPTH:
         return Opaque(text)
+    if (without := _REALS_WITHOUT.fullmatch(text)) and len(split(without.group(1), ",;")) == 1:
+        return all_but(without.group(1).strip())
     if "\\setminus" in text or "\\cap" in text or "\\int" in text or "\\sum" in text:
         return Opaque(text)
     elements = split(text, ",;")
@@ -97,7 +102,8 @@ def _read(text: str, depth: int) -> Shape:
     if len(values) > 1:
         items = tuple(_read(value, depth + 1) for value in values if value)
         if items and all(isinstance(item, Intervals) for item in items):
-            return Intervals(tuple(part for item in items if isinstance(item, Intervals) for part in item.parts))
+            parts = tuple(part for item in items if isinstance(item, Intervals) for part in item.parts)
+            return Intervals(parts, listed=True)
         return Sequence("list", items)
     return _read_relation(text, depth)
 
@@ -124,7 +130,7 @@ def _read_relation(text: str, depth: int) -> Shape:
     near = split_command(text, "\\approx")
     if len(near) == 2:
         text = near[1] if label_of(near[0]) is not None else near[0]
-    if any(char in "<>!" for _, char in top_level(text)) and _COMPARISON.search(text):
+    if any(char in "<>!" for _, char in top_level(text)) and re.search("[<>]|!=", text):
         return _read_inequality(text)
     sides = _sides(text)
     if len(sides) == 1:
@@ -158,6 +164,8 @@ def _read_equation(sides: list[str], depth: int) -> Shape:
         label, sides = label_of(sides[1]), [sides[1], sides[0]]
     if label is None and re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", sides[0])):
         return Equation(sides[0], sides[-1]) if len(sides) == 2 else Opaque("=".join(sides))
+    if label is None and _LITERAL.fullmatch(sides[0]) and _LITERAL.fullmatch(sides[-1]) and sides[0] != sides[-1]:
+        return Equation(sides[0], sides[-1])
     value = _read(sides[-1], depth + 1)
     if isinstance(value, (Scalar, Sequence)) and label:
         return replace(value, label=label)
@@ -167,6 +175,9 @@ def _read_equation(sides: list[str], depth: int) -> Shape:
 def _read_inequality(text: str) -> Shape:
     marks = _COMPARISON.findall(text)
     sides = [side.strip() for side in _COMPARISON.split(text)]
+    other_than = re.split(r"!=", text)
+    if len(other_than) == 2 and not marks and label_of(other_than[0]) and label_of(other_than[1]) is None:
+        return all_but(other_than[1].strip())
     if len({mark[0] for mark in marks}) != 1 or "!" in text or "=" in "".join(sides):
         return Opaque(text)
     if marks[0][0] == ">":
@@ -179,6 +190,11 @@ def _read_inequality(text: str) -> Shape:
     if len(sides) == 2 and label_of(sides[1]) and label_of(sides[0]) is None:
         return Intervals((interval(sides[0], "\\infty", opens[0], True),))
     return Opaque(text)
+
+
+def all_but(point: str) -> Intervals:
+    """Build the real numbers without one."""
+    return Intervals((interval("-\\infty", point, True, True), interval(point, "\\infty", True, True)))
 
 
 def interval(low: str, high: str, low_open: bool, high_open: bool) -> Interval:

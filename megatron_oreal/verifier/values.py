@@ -55,6 +55,17 @@ def equal(left: Node, right: Node) -> bool | None:
     return True if agreed >= _MIN_POINTS else None
 
 
+def less(left: Node, right: Node) -> bool:
+    """Tell whether two real numbers without symbols are in this order; False when one of them is no such number."""
+    if symbols(left) | symbols(right):
+        return False
+    try:
+        difference = _Numeric({}).value(right) - _Numeric({}).value(left)
+    except (UndefinedError, TooLargeError):
+        return False
+    return _context().im(difference) == 0 and bool(_context().re(difference) > 0)
+
+
 def proportional(left: Node, right: Node) -> bool | None:
     """Tell whether ``left`` is a non-zero constant times ``right`` (so that their zeros are the same equation)."""
     names = sorted(symbols(left) | symbols(right))

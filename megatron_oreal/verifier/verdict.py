@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 
 class Verdict(enum.Enum):
@@ -16,8 +17,22 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict, why it was given (a short phrase such as ``"truncated"``) and the answer that was read."""
+    """A verdict, why it was given (a short phrase such as ``"truncated"``) and the answer that was read.
+
+    ``seconds`` is what checking took, without waiting in a queue; it does not count in comparisons.
+    """
 
     verdict: Verdict
     reason: str
     answer: str | None = None
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def decided_by(self) -> Literal["rules", "judge"]:
+        """Who spoke last: reasons of the judge begin with its name."""
+        return "judge" if self.reason.startswith("judge") else "rules"
+
+    @property
+    def cause(self) -> str:
+        """What stands before the first colon of the reason: the part that is the same for all of a kind."""
+        return self.reason.partition(": ")[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from megatron_oreal.verifier.verdict import Judgement, Verdict
 
@@ -26,31 +28,56 @@ RECYCLED = 75
 """Exit status of a worker that ends between two items: none of them is to blame."""
 _PARENT_POLL_S = 0.5
 
-Checker = Callable[[str, bool, str, Sequence[str], Sequence[str]], Judgement]
+Checker = Callable[..., "Judgement | bool | None"]
+"""Called with (text, stopped, gold, finish_words, stop_words), and ``question=`` when it has such a parameter."""
 Words = tuple[Sequence[str], Sequence[str]]
 """(thinking finish words, stop words)"""
-Item = tuple[int, str, bool, str]
-"""(number, response text, stopped, gold answer)"""
+Item = tuple[int, str, bool, str, str]
+"""(number, response text, stopped, gold answer, question)"""
+Message = tuple[int, str, str, str | None, float]
+"""(number, verdict, reason, answer, seconds)"""
 
 
 def load_checker(path: str) -> Checker:
-    """Return the function at ``module:name``; it takes (text, stopped, gold, finish_words, stop_words)."""
+    """Return the function at ``module:name``, taking ``question`` as a last argument whether it wants it or not."""
     module, _, name = path.partition(":")
     checker: Checker = getattr(importlib.import_module(module), name)
-    return checker
+    parameters = inspect.signature(checker).parameters.values()
+    if any(p.name == "question" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return checker
+
+    def without_question(*arguments: Any, question: str) -> Judgement | bool | None:
+        return checker(*arguments)
+
+    return without_question
 
 
 def judge(checker: Checker, item: Item, words: Words) -> tuple[Judgement, bool]:
-    """Judge one item; the second value is False when the process should not be used again (memory)."""
-    _, text, stopped, gold = item
+    """Judge one item; the second value is False when the process should not be used again (memory).
+
+    A response that did not end with its stop word is wrong, whatever the checker is (algorithm.md, "One step" 2).
+    """
+    _, text, stopped, gold, question = item
+    if not stopped:
+        return Judgement(Verdict.WRONG, "truncated"), True
     try:
-        return checker(text, stopped, gold, *words), True
+        return _as_judgement(checker(text, stopped, gold, *words, question=question)), True
     except MemoryError:
         return Judgement(Verdict.UNKNOWN, "memory limit of the worker exceeded"), False
     except RecursionError:
         return Judgement(Verdict.UNKNOWN, "nested too deeply"), True
     except Exception as error:
         return Judgement(Verdict.UNKNOWN, f"checker failed: {type(error).__name__}: {error}"[:300]), True
+
+
+def _as_judgement(result: Judgement | bool | None) -> Judgement:
+    if isinstance(result, Judgement):
+        return result
+    if result is None:
+        return Judgement(Verdict.UNKNOWN, "checker undecided")
+    if isinstance(result, bool):
+        return Judgement(Verdict.CORRECT if result else Verdict.WRONG, "equal" if result else "not equal")
+    raise TypeError(f"a checker returns a Judgement, a bool or None, not {type(result).__name__}")
 
 
 def serve(connection: Connection, checker: Checker, deadline_s: float, words: Words) -> None:
@@ -62,10 +89,18 @@ def serve(connection: Connection, checker: Checker, deadline_s: float, words: Wo
         except EOFError:
             return
         for item in batch:
+            began = time.perf_counter()
             signal.setitimer(signal.ITIMER_REAL, deadline_s)
             judgement, reusable = judge(checker, item, words)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send((item[0], judgement.verdict.value, judgement.reason, judgement.answer))
+            message: Message = (
+                item[0],
+                judgement.verdict.value,
+                judgement.reason,
+                judgement.answer,
+                time.perf_counter() - began,
+            )
+            connection.send(message)
             if not reusable:
                 sys.exit(RECYCLED)
 

@@ -1,0 +1,71 @@
+"""What the judge had to do for a step, and what its failures are called; imports no aiohttp."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+DEADLINE, UNREACHABLE, REFUSED, REPLY, VOTES = (
+    "judge deadline",
+    "judge unreachable",
+    "judge refused",
+    "judge reply",
+    "judge votes",
+)
+CAUSES = (DEADLINE, UNREACHABLE, REFUSED, REPLY, VOTES)
+"""What a reason of the judge's unknown verdicts begins with."""
+
+
+@dataclass(slots=True)
+class JudgeStats:
+    """Counts since they were last taken. ``requests``: chat completions sent; ``latencies``: seconds of those answered.
+
+    ``shared``: responses that took the verdict of an equal case in flight. ``unknown``: by cause.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    cache_hits: int = 0
+    shared: int = 0
+    latencies: list[float] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: JudgeStats) -> JudgeStats:
+        """Sum of two ranks."""
+        return JudgeStats(
+            self.requests + other.requests,
+            self.retries + other.retries,
+            self.cache_hits + other.cache_hits,
+            self.shared + other.shared,
+            self.latencies + other.latencies,
+            self.unknown + other.unknown,
+        )
+
+
+class StatsBox:
+    """Counts written by one thread and taken by another."""
+
+    def __init__(self) -> None:
+        self._stats, self._lock = JudgeStats(), threading.Lock()
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Raise a count."""
+        with self._lock:
+            setattr(self._stats, name, getattr(self._stats, name) + count)
+
+    def latency(self, seconds: float) -> None:
+        """Note an answered request."""
+        with self._lock:
+            self._stats.latencies.append(seconds)
+
+    def unknown(self, cause: str) -> None:
+        """Count an unknown verdict."""
+        with self._lock:
+            self._stats.unknown[cause] += 1
+
+    def take(self) -> JudgeStats:
+        """Return the counts and start again at zero."""
+        with self._lock:
+            taken, self._stats = self._stats, JudgeStats()
+        return taken
