@@ -31,7 +31,8 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def without_times(record: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if not name.startswith((names.TIME, "throughput/"))}
+    timed = (names.TIME, "throughput/", names.PUBLISH_DIGEST_SHARE)
+    return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,17 @@ def test_a_frozen_step_trains_the_reward_model_alone(trained: tuple[Path, str]) 
     assert free[1][names.KL_TO_REFERENCE] > 0
 
 
+def test_every_update_is_published_verified_and_timed(trained: tuple[Path, str]) -> None:
+    frozen, *free, _ = tiny.metrics_of(trained[0].parent / "run")
+    assert names.PUBLISH_DIGEST_SHARE not in frozen, "the policy did not change, nothing was to be published"
+    for record in free:
+        parts = [record[names.phase_metric(f"publish/{part}")] for part in ("plan", "transfer", "digest")]
+        assert 0 < sum(parts) <= record[names.phase_metric("publish")]
+        assert record[names.PUBLISH_DIGEST_SHARE] == parts[-1] / record[names.phase_metric("publish")]
+        assert record[names.PUBLISH_DRIFTED] == 0
+        assert record[names.PUBLISH_RECEIVED] == 0, "two replicas that hold the whole model lack nothing"
+
+
 def test_a_run_leaves_a_report_tensorboard_events_and_a_model_that_transformers_loads(
     taught: Path, trained: tuple[Path, str]
 ) -> None:
@@ -143,6 +155,22 @@ def test_a_resumed_run_repeats_metrics_and_weights_bit_for_bit(
     first, second = tiny.metrics_of(work_dir), tiny.metrics_of(again)
     assert list(map(without_times, second)) == list(map(without_times, first))
     assert_same_bits(again / "hf", work_dir / "hf")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    config, again = trained[0], tmp_path / "run"
+    before = shutil.copytree(config.parent / "run/checkpoints/step_000001", again / "checkpoints/step_000001")
+    kept = {path: path.read_bytes() for path in before.rglob("*") if path.is_file()}
+    largest = max(len(content) for path, content in kept.items() if path.suffix == ".distcp")
+    limit = largest // 1024 // 2
+    done = tiny.cli("train", config, *TRAIN, "telemetry.tensorboard=false", f"work_dir={again}", max_file_kb=limit)
+    assert done.returncode == 2, done.stderr
+    assert "error: " in done.stderr and "step_000002.incomplete" in done.stderr and "free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (again / "checkpoints").iterdir() if path.name.startswith("step_")] == [before.name]
+    assert {path: path.read_bytes() for path in before.rglob("*") if path.is_file()} == kept
 
 
 def test_resume_false_refuses_a_work_dir_with_checkpoints(trained: tuple[Path, str]) -> None:

@@ -107,9 +107,12 @@ def write_run(folder: Path, model: Path, *, gold_answer: str = "1") -> Path:
     return path
 
 
-def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """``python -m megatron_oreal ARGUMENTS`` without a GPU, as a user starts it."""
-    return _run([sys.executable, "-m", "megatron_oreal", *map(str, arguments)])
+def cli(*arguments: object, max_file_kb: int | None = None) -> subprocess.CompletedProcess[str]:
+    """``python -m megatron_oreal ARGUMENTS`` without a GPU, as a user starts it; ``max_file_kb`` is for ``ulimit -f``."""
+    command = [sys.executable, "-m", "megatron_oreal", *map(str, arguments)]
+    if max_file_kb is not None:
+        command = ["bash", "-c", f'ulimit -f {max_file_kb} && exec "$@"', "bash", *command]
+    return _run(command)
 
 
 def torchrun(nproc_per_node: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -121,7 +124,7 @@ def torchrun(nproc_per_node: int, *arguments: object) -> subprocess.CompletedPro
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in drop}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
 
 

@@ -8,23 +8,25 @@ is always whole. It may be resumed with another parallel layout, except where ``
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_oreal.actor.actor import Actor
 from megatron_oreal.actor.build import DTYPES, MegatronModel, unwrap
 from megatron_oreal.actor.optimizer import ModelOptimizer
 from megatron_oreal.checkpoint.changes import check_changes, record
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout.directory import together, write_companions, writing
+from megatron_oreal.layout.directory import sync, together, write_companions, writing
 from megatron_oreal.layout.megatron_checkpoint import HF_FOLDER
 from megatron_oreal.platform import Platform
 
@@ -67,7 +69,8 @@ class Checkpoints:
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
                 state = _sharded_state(model, optimizer, formats[key], is_loading=False)
-                dist_checkpointing.save(state | {"iteration": step, "checkpoint_version": 3.0}, str(partial / key))
+                with _saving(partial / key):
+                    dist_checkpointing.save(state | {"iteration": step, "checkpoint_version": 3.0}, str(partial / key))
         run = {"step": step, "position": position, "optimizer_formats": formats} | record(actor.config, actor.spec)
 
         def finish() -> None:
@@ -75,9 +78,7 @@ class Checkpoints:
                 _describe_model(partial / key / HF_FOLDER, actor, reward_model=key == "reward_model")
             with writing(partial / _RUN_FILE):
                 (partial / _RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
-                if final.exists():  # a run that resumed from before this step comes here again
-                    shutil.rmtree(final)
-                partial.rename(final)
+                _give_name(partial, final)
                 for old in self.steps()[: -self.keep]:
                     shutil.rmtree(self.path(old))
 
@@ -123,6 +124,33 @@ def _begin(partial: Path, keys: list[str]) -> None:
     with writing(partial):
         for key in keys:
             (partial / key).mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """Say in one line that Megatron could not write; it raises on every rank, and not an ``Exception``."""
+    try:
+        yield
+    except CheckpointException as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"{folder}: cannot be written ({lines[-1][:300]}): free some space or check the disk, and start the run "
+            "again; it resumes from the checkpoint before"
+        ) from error
+
+
+def _give_name(partial: Path, final: Path) -> None:
+    """Wait until everything is on disk, then rename; what had the name before goes only afterwards."""
+    for path in sorted(partial.rglob("*")):
+        sync(path)
+    sync(partial)
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # a run that resumed from before this step comes here again
+        final.rename(replaced)
+    partial.rename(final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _describe_model(folder: Path, actor: Actor, *, reward_model: bool) -> None:
