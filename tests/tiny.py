@@ -108,7 +108,7 @@ def write_run(folder: Path, model: Path, *, gold_answer: str = "1") -> Path:
 
 
 def cli(*arguments: object, max_file_kb: int | None = None) -> subprocess.CompletedProcess[str]:
-    """``python -m megatron_oreal ARGUMENTS`` without a GPU, as a user starts it; ``max_file_kb`` is for ``ulimit -f``."""
+    """``python -m megatron_oreal`` without a GPU, as a user starts it; ``max_file_kb``: with this ``ulimit -f``."""
     command = [sys.executable, "-m", "megatron_oreal", *map(str, arguments)]
     if max_file_kb is not None:
         command = ["bash", "-c", f'ulimit -f {max_file_kb} && exec "$@"', "bash", *command]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout.model_spec import ModelSpec
+from megatron_oreal.layout import ModelSpec, embedded_layout
+from megatron_oreal.rollout.checks import checked_prompts
 from megatron_oreal.rollout.embedded_model import EmbeddedModel
 from megatron_oreal.rollout.engine import Completion, EngineError, Health, Request, SamplingParams
 from megatron_oreal.rollout.kv_cache import KvCache
-from megatron_oreal.rollout.sampling import check_sampling, random_streams, sample, uniforms
+from megatron_oreal.rollout.sampling import random_streams, sample, uniforms
 
 _PREFILL_TOKENS = 8192
 """Padded tokens that one prefill forward may hold; a longer prompt goes alone."""
@@ -53,6 +54,7 @@ class EmbeddedEngine:
         self.num_prefill_tokens = 0
         self.max_running_requests = max_running_requests
         self.max_length = max_length
+        self.layout = embedded_layout(spec)
         self._model: EmbeddedModel | None = EmbeddedModel(spec, dtype, torch.device(device), max_length)
         self._version = -1
         self._awake = True
@@ -73,13 +75,7 @@ class EmbeddedEngine:
             raise EngineError("generate: the engine is asleep; call wake first")
         if self._version < 0:
             raise EngineError("generate: no weights are loaded yet; call load_weights first")
-        check_sampling(sampling)
-        if sampling.max_length > self.max_length:
-            raise EngineError(f"sampling.max_length={sampling.max_length} exceeds the engine's {self.max_length}")
-        prompts = [
-            _checked_prompt(i, request, sampling.max_length, model.spec.vocab_size)
-            for i, request in enumerate(requests)
-        ]
+        prompts = checked_prompts(requests, sampling, max_length=self.max_length, vocab_size=model.spec.vocab_size)
         if not prompts:
             return []
         run = _Run(self, model, prompts, [request.seed for request in requests], sampling, on_complete)
@@ -92,6 +88,10 @@ class EmbeddedEngine:
     def weight_buffers(self) -> Mapping[str, Tensor]:
         """Return the live weights: SGLang's names and fused layout at tensor-parallel size 1 (``weight_shapes``)."""
         return self._idle_model().weights
+
+    def weight_shards(self) -> Mapping[int, Mapping[str, Tensor]]:
+        """Return ``{0: weight_buffers()}``."""
+        return {0: self.weight_buffers()}
 
     def load_weights(self, version: int) -> None:
         """Take what stands in ``weight_buffers()`` as ``version``; raises ``EngineError`` unless it is a newer one."""
@@ -131,23 +131,6 @@ class EmbeddedEngine:
         if self._generating:
             raise EngineError("the engine is generating; its on_complete callback must not call it")
         return self._model
-
-
-def _checked_prompt(index: int, request: Request, max_length: int, vocab_size: int) -> np.ndarray:
-    """Return the prompt as int64 [P]."""
-    prompt = np.asarray(request.prompt_ids, dtype=np.int64)
-    if prompt.ndim != 1 or prompt.size == 0:
-        raise EngineError(f"request {index}: prompt_ids has shape {prompt.shape}, not [P] with P >= 1")
-    if prompt.size >= max_length:
-        raise UserError(
-            f"request {index}: a prompt of {prompt.size} tokens leaves no room for a response in "
-            f"max_length={max_length} (config: rollout.gen_max_length): raise it or drop the prompt"
-        )
-    if prompt.min() < 0 or prompt.max() >= vocab_size:
-        raise EngineError(
-            f"request {index}: token ids {prompt.min()}..{prompt.max()} are outside the vocabulary of {vocab_size}"
-        )
-    return prompt
 
 
 class _Run:

@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from megatron_oreal.layout import Layout
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -68,7 +70,15 @@ class Health:
 
 
 class Engine(Protocol):
-    """A rollout engine. Every method raises ``EngineError`` when the engine cannot do what was asked."""
+    """A rollout engine. Every method raises ``EngineError`` when the engine cannot do what was asked.
+
+    ``layout`` says what stands in its weight buffers; ``layout.shards[i]`` is its tensor-parallel rank ``i``.
+    """
+
+    @property
+    def layout(self) -> Layout:
+        """Return where every element of every buffer comes from."""
+        ...
 
     def generate(
         self,
@@ -84,11 +94,18 @@ class Engine(Protocol):
         ...
 
     def weight_buffers(self) -> Mapping[str, Tensor]:
-        """Return the tensors, in the engine's own layout and names, that the next version is written into."""
+        """Return the tensors, in the engine's own layout and names, that the next version is written into.
+
+        For a rank that holds one shard of the engine; ``weight_shards`` is for any.
+        """
         ...
 
-    def load_weights(self, version: int) -> None:
-        """Make what stands in ``weight_buffers()`` the weights that generate, as ``version``, newer than the last."""
+    def weight_shards(self) -> Mapping[int, Mapping[str, Tensor]]:
+        """Return the buffers of every shard that this rank writes, by the engine's tensor-parallel rank."""
+        ...
+
+    def load_weights(self, version: int) -> object:
+        """Make what stands in ``weight_shards()`` the weights that generate, as ``version``, newer than the last."""
         ...
 
     def sleep(self) -> None:

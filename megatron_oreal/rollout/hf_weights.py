@@ -9,18 +9,19 @@ from pathlib import Path
 
 import torch
 
-from megatron_oreal.layout import ModelSpec, SafetensorsSource, embedded_layout, load_from_hf, load_model_spec
+from megatron_oreal.layout import SafetensorsSource, load_from_hf, load_model_spec
 from megatron_oreal.rollout.embedded import EmbeddedEngine
 from megatron_oreal.rollout.engine import Engine
 
 
-def write_hf_weights(engine: Engine, model_dir: str | Path, spec: ModelSpec, version: int) -> None:
-    """Copy a checkpoint into the engine's buffers, converting to their dtype, and load it as ``version``.
+def write_hf_weights(engine: Engine, model_dir: str | Path, version: int) -> None:
+    """Copy a checkpoint into this rank's buffers, converting to their dtype, and load it as ``version``.
 
     Raises ``UserError`` when the checkpoint does not fit its config.json.
     """
     with SafetensorsSource(model_dir) as source:
-        load_from_hf(source, embedded_layout(spec).shards[0], engine.weight_buffers())
+        for rank, buffers in engine.weight_shards().items():
+            load_from_hf(source, engine.layout.shards[rank], buffers)
     engine.load_weights(version)
 
 
@@ -37,5 +38,5 @@ def load_hf_engine(
     engine = EmbeddedEngine(
         spec, dtype=dtype, device=device, max_running_requests=max_running_requests, max_length=max_length
     )
-    write_hf_weights(engine, model_dir, spec, version=0)
+    write_hf_weights(engine, model_dir, version=0)
     return engine

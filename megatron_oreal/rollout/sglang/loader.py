@@ -1,0 +1,104 @@
+"""SGLang's custom weight loader: runs inside every tensor-parallel worker, on an order from ``weights.py``.
+
+SGLang calls ``load(model, named_tensors)``. The one tensor is an order as JSON bytes; the weights themselves stand in
+memory that the order describes, this worker's own shard of them, in the engine's layout. The answer goes to the
+worker's mailbox before SGLang replies, and SGLang replies when all workers have returned. An exception here would end
+the whole server, so every failure is an answer too.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_oreal.layout import load_model_spec
+from megatron_oreal.rollout.sglang.digests import shard_digester
+from megatron_oreal.rollout.sglang.staging import Segment, answer, open_segment, views
+
+ORDER = "megatron_oreal.order"
+"""Name of the tensor that carries the order: uint8 [n]."""
+
+_opened: dict[str, Segment] = {}
+
+
+def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Obey the order and answer it."""
+    (name, tensor), *rest = named_tensors
+    assert name == ORDER and not rest, [name for name, _ in named_tensors]
+    order = json.loads(bytes(tensor.cpu().tolist()))
+    try:
+        value = _ORDERS[order["order"]](model, order)
+    except Exception as error:
+        value = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    answer(order["mailbox"], {"sequence": order["sequence"], **value})
+
+
+def _load(model: torch.nn.Module, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the whole shard, wait until the device has done it, and report the digests of what then stands there."""
+    params = dict(model.named_parameters())
+    staging = order["staging"]
+    dtype = getattr(torch, staging["dtype"])
+    if complaint := _mismatch(params, staging["offsets"], dtype):
+        return {"error": complaint}
+    if order["noise_seed"] is not None:
+        fill_with_noise(params.values(), order["noise_seed"])
+    source = views(_open(staging["segment"]).tensor, staging["offsets"], dtype)
+    with torch.no_grad():
+        for name, param in params.items():
+            param.data.copy_(source[name])
+    device = next(iter(params.values())).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # from here on the trainer may write into the staging memory again
+    digester = shard_digester(load_model_spec(order["model_dir"]), order["tp"], device.type, dtype)
+    return {"digests": digester.hash_dest(order["tp"] + order["rank"], params).tolist()}
+
+
+def _forget(model: torch.nn.Module, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Let go of every segment, so that the trainer's memory can be freed."""
+    for segment in _opened.values():
+        segment.close()
+    _opened.clear()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.ipc_collect()
+    return {}
+
+
+_ORDERS = {"load": _load, "forget": _forget}
+
+
+def _mismatch(params: Mapping[str, Tensor], offered: Mapping[str, Any], dtype: torch.dtype) -> str | None:
+    """Say how the offered shard differs from the model: every parameter must be there, and nothing else."""
+    missing, unknown = sorted(params.keys() - offered.keys()), sorted(offered.keys() - params.keys())
+    if missing or unknown:
+        return f"the engine's parameters {missing[:3]} get no weights, {unknown[:3]} are not the engine's"
+    for name, param in params.items():
+        if list(param.shape) != offered[name][1] or param.dtype != dtype:
+            return (
+                f"{name!r} is {list(param.shape)} {param.dtype} in the engine, the trainer's layout says "
+                f"{offered[name][1]} {dtype}"
+            )
+    return None
+
+
+def fill_with_noise(params: Any, seed: int) -> None:
+    """Overwrite parameters with uniform numbers in [-1, 1): whatever is not written afterwards speaks nonsense."""
+    with torch.no_grad():
+        for number, param in enumerate(params):
+            generator = torch.Generator(device=param.device).manual_seed(seed + number)
+            param.data.uniform_(-1, 1, generator=generator)
+
+
+def _open(description: Mapping[str, Any]) -> Segment:
+    key = json.dumps(description, sort_keys=True)
+    if key not in _opened:
+        for segment in _opened.values():  # a worker reads one shard; another description means that it has moved
+            segment.close()
+        _opened.clear()
+        _opened[key] = open_segment(description)
+    return _opened[key]

@@ -1,0 +1,119 @@
+"""A real SGLang server for tests: started once, and given to one engine after the other."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_oreal.layout import load_model_spec
+from megatron_oreal.rollout.sglang import args as arguments
+from megatron_oreal.rollout.sglang.dispatcher import Dispatcher, DispatchSettings
+from megatron_oreal.rollout.sglang.engine import ServerSettings, SglangEngine
+from megatron_oreal.rollout.sglang.process import ServerProcess
+
+SETUP = Path(__file__).with_name("setup_sglang.sh")
+needs_sglang = pytest.mark.skipif(
+    importlib.util.find_spec("sglang") is None, reason=f"needs sglang: bash {SETUP} PYTHON puts it into PYTHON's venv"
+)
+MAX_LENGTH = 400
+"""Within the 512 positions of the contract's models."""
+
+
+def make_engine(
+    model_dir: Path, folder: Path, *, slots: int = 64, server: ServerProcess | None = None, tp: int = 1, **options: Any
+) -> SglangEngine:
+    """An fp32 engine on the CPU; a server of its own unless one is given. ``slots``: requests it has at a time."""
+    settings = options.pop("settings", None) or fast_settings(window=slots)
+    return SglangEngine(
+        load_model_spec(model_dir),
+        model_path=model_dir,
+        folder=folder,
+        dtype=torch.float32,
+        tp=tp,
+        max_running_requests=64,
+        max_length=MAX_LENGTH,
+        settings=settings,
+        server=server,
+        **options,
+    )
+
+
+def fast_settings(window: int = 64, *, max_restarts: int = 3, control_timeout_s: float = 60.0, **changes: Any) -> Any:
+    """Deadlines that a test can wait for."""
+    dispatch = {
+        "health_interval_s": 1.0,
+        "health_timeout_s": 25.0,
+        "recover_timeout_s": 150.0,
+        "step_deadline_s": 240.0,
+    }
+    return ServerSettings(
+        window=window,
+        start_timeout_s=180.0,
+        control_timeout_s=control_timeout_s,
+        max_restarts=max_restarts,
+        dispatch=DispatchSettings(**(dispatch | changes)),
+    )
+
+
+class SharedServer:
+    """At most one server at a time, of the model that was asked for last; at most one engine on it."""
+
+    def __init__(self, server_args: dict[str, Any] | None = None, tp: int = 1):
+        self.dispatcher = Dispatcher(fast_settings().dispatch)
+        self._user, self._tp = server_args or {}, tp
+        self._folder = tempfile.TemporaryDirectory(prefix="sglang-tests-")
+        self._servers: dict[str, ServerProcess] = {}
+        self._engine: SglangEngine | None = None
+
+    def engine(self, model_dir: Path, **options: Any) -> SglangEngine:
+        """A new engine; the one before is shut down, its server stays when it is of the same architecture."""
+        if self._engine is not None:
+            self._engine.shutdown()
+        server = self._server(model_dir)
+        folder = Path(self._folder.name)
+        options |= {"dispatcher": self.dispatcher, "server_args": self._user, "tp": self._tp}
+        self._engine = make_engine(model_dir, folder, server=server, **options)
+        return self._engine
+
+    def _server(self, model_dir: Path) -> ServerProcess:
+        architecture = model_dir.name.rsplit("-", 1)[0]
+        if architecture not in self._servers:
+            for other in self._servers.values():
+                other.stop()
+            folder, device = Path(self._folder.name), torch.device("cpu")
+            final = arguments.server_args(
+                self._user,
+                model_dir=arguments.write_model_dir(model_dir, folder / f"{architecture}.model", MAX_LENGTH),
+                device=device,
+                dtype=torch.float32,
+                tp=self._tp,
+                max_running_requests=64,
+                max_length=MAX_LENGTH,
+            )
+            environment = arguments.server_environment(device, [], self._tp)
+            self._servers[architecture] = ServerProcess(final, environment, folder, name=architecture)
+        server = self._servers[architecture]
+        if server.pid is None:
+            server.start()
+            server.wait_ready(180.0)
+        return server
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+        for server in self._servers.values():
+            server.close()
+        self.dispatcher.close()
+        self._folder.cleanup()
+
+
+def left_over(before: Sequence[str]) -> list[str]:
+    """Shared-memory files and scratch directories of SGLang that were not there ``before``."""
+    found = [*Path("/dev/shm").glob("sgl*"), *Path(tempfile.gettempdir()).glob("oreal-sglang-*")]
+    return sorted({str(path) for path in found} - set(before))

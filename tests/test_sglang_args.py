@@ -1,0 +1,85 @@
+"""Server arguments, and which ranks share a server. Where SGLang is installed, against its own ``ServerArgs``."""
+
+import json
+
+import pytest
+import torch
+from sglang_server import needs_sglang
+
+from megatron_oreal.config_load import load_config
+from megatron_oreal.errors import UserError
+from megatron_oreal.rollout.sglang import args
+from megatron_oreal.rollout.sglang.args import check_server_args, server_arg_names, server_args, write_model_dir
+from megatron_oreal.rollout.sglang.build import engine_ranks, shard_ranks
+
+
+@needs_sglang
+def test_names_read_from_the_source_are_those_of_the_class():
+    assert {"model_path", "tp_size", "mem_fraction_static", "custom_weight_loader"} <= server_arg_names()
+    assert len(server_arg_names()) > 300
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ({"mem_fraction_statik": 0.5}, r"rollout\.sglang\.mem_fraction_statik: .*did you mean 'mem_fraction_static'"),
+        ({"port": 30000}, r"rollout\.sglang\.port=30000: this is set by the trainer itself; remove the key"),
+        ({"tp_size": 2}, r"rollout\.sglang\.tp_size=2: this is set by rollout\.engine_tp"),
+    ],
+)
+def test_keys_that_sglang_does_not_know_or_the_trainer_decides_are_refused_in_one_line(user, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_server_args(user)
+    assert "\n" not in str(caught.value)
+
+
+@needs_sglang
+def test_every_argument_that_is_passed_is_one_of_sglangs(tmp_path):
+    for device in ("cpu", "cuda"):
+        final = server_args(
+            {"attention_backend": "triton"},
+            model_dir=tmp_path,
+            device=torch.device(device),
+            dtype=torch.bfloat16,
+            tp=2,
+            max_running_requests=8,
+            max_length=64,
+        )
+        assert final.keys() <= server_arg_names()
+        assert final["attention_backend"] == "triton", "the user's word is above the default"
+        assert json.loads(json.dumps(final)) == final
+
+
+def test_without_sglang_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(args, "server_arg_names", lambda: None)
+    with pytest.raises(UserError, match=r"pip install 'sglang.*tests/setup_sglang\.sh"):
+        check_server_args({})
+
+
+def test_overrides_reach_sglangs_arguments(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "{work_dir: x, model: {path: m, stop_word: s}, data: {train: t}, rollout: {sglang: {log_level: info}}}"
+    )
+    config = load_config(path, ["rollout.engine=sglang", "rollout.sglang.mem_fraction_static=0.7"])
+    assert config.rollout.sglang == {"log_level": "info", "mem_fraction_static": 0.7}
+    with pytest.raises(UserError, match=r"rollout\.server\.health_timeout'? ?.*did you mean 'health_timeout_s'"):
+        load_config(path, ["rollout.server.health_timeout=3"])
+
+
+def test_the_servers_model_has_no_token_of_its_own_that_ends_a_response(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5, "max_position_embeddings": 64, "x": 1}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    folder = write_model_dir(tmp_path, tmp_path / "server", max_length=64)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    written = json.loads((folder / "config.json").read_text())
+    assert written == {"eos_token_id": None, "max_position_embeddings": 64 + args.SPARE_POSITIONS, "x": 1}
+
+
+def test_engines_are_neighbours_on_one_node_and_every_rank_stages_one_shard():
+    engines = engine_ranks(world_size=16, ranks_per_node=8, tp=4)
+    assert engines == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert shard_ranks(engines) == {0: [0, 4, 8, 12], 1: [1, 5, 9, 13], 2: [2, 6, 10, 14], 3: [3, 7, 11, 15]}
+    with pytest.raises(UserError, match=r"rollout\.engine_tp=16 does not divide the 8 ranks a node"):
+        engine_ranks(world_size=16, ranks_per_node=8, tp=16)
