@@ -13,6 +13,7 @@ if [[ -z ${OREAL_BUILD_CUDA:-} ]] && command -v "${OREAL_NVCC:-nvcc}" >/dev/null
     export OREAL_BUILD_CUDA=1
 fi
 python=$(bash examples/setup_env.sh "$venv" dev)
+bash tests/setup_sglang.sh "$python"
 bin=$(dirname "$python")
 export OMP_NUM_THREADS=1
 
@@ -20,7 +21,7 @@ export OMP_NUM_THREADS=1
 echo "== lint and format"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/shellcheck" .ci/run tests/run.sh examples/*.sh benchmarks/gpu/run.sh
+"$bin/shellcheck" .ci/run tests/*.sh examples/*.sh benchmarks/gpu/run.sh
 echo "== types"
 "$bin/mypy"
 echo "== tests"
