@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+from loss_host import host_library
 from torch import Tensor
 
 from megatron_oreal.loss import LossSettings, TokenCoefficients, make_coefficients, oreal_loss_reference, token_weights
+
+
+@pytest.fixture(params=["pytorch", "kernels"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loss's passes on CPU tensors: PyTorch's, or the kernels' own source compiled for the CPU."""
+    monkeypatch.setenv("OREAL_KERNELS", "0" if request.param == "pytorch" else str(host_library()))
+    return str(request.param)
 
 
 @dataclass

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from loss_cases import draw_batch, passes  # noqa: F401
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.loss import LossSettings, make_coefficients
+from megatron_oreal.loss import LossSettings, make_coefficients, token_weights
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,8 @@ from megatron_oreal.loss import LossSettings, make_coefficients
         ({"num_negative_tokens": 0}, "num_negative_tokens is 0"),
         ({"ref_logp": None}, "ref_logp is None"),
         ({"ref_logp": torch.zeros(4)}, "kl_anchor has shape"),
-        ({"weights": (torch.ones(5), torch.ones(4))}, "weights"),
+        ({"weights": (torch.ones(5), torch.ones(4))}, r"weights must be \[5\]"),
+        ({"scores": torch.ones(4)}, r"scores must be \[5\]"),
         ({"settings": LossSettings(mode="paper")}, "pass_rates is None"),
     ],
 )
@@ -57,3 +59,27 @@ def test_coefficients_worked_by_hand():
         ),
         2.0,
     )
+
+
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("mode", ["released", "paper"])
+@pytest.mark.parametrize("rescale", ["threshold", "topk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_give_the_coefficients_of_their_weights(mode, rescale, dtype):
+    """With the kernels in one pass, else in two: the same float32 numbers but for the last rounding of a weight."""
+    batch = draw_batch(0, sequences=20)
+    settings = LossSettings(mode=mode, rescale=rescale)
+    scores = batch.scores.to(dtype)
+    arguments = {"num_positive_tokens": 70, "num_negative_tokens": 50, "num_tokens": 120, "ref_logp": batch.ref_logp}
+    arguments |= {"pass_rates": batch.pass_rates}
+    sequences = (batch.lengths, batch.rewards, batch.advantages, settings)
+    weights = token_weights(scores, batch.lengths, settings)
+    expected = make_coefficients(*sequences, weights=weights, **arguments)
+    found = make_coefficients(*sequences, scores=scores, **arguments)
+    for name in ("positive", "negative", "kl"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=2e-7, atol=1e-9)
+    for ours, theirs in zip(found.weights, weights, strict=True):
+        assert torch.equal(ours, theirs)
+    part = found[2:5]
+    assert all(torch.equal(a, b[2:5]) for a, b in zip(part.weights, found.weights, strict=True))
+    assert torch.equal(found.is_nonzero(), (found.positive != 0) | (found.negative != 0) | (found.kl != 0))

@@ -1,10 +1,13 @@
 """The policy loss over real gloo tensor-parallel ranks."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 from dist import run_ranks
 from loss_cases import draw_batch
+from loss_host import host_library
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.loss import LossSettings, policy_loss, token_logprobs
@@ -58,8 +61,9 @@ def draw_case(name):
     return batch, batch.coefficients(settings, with_old=mode == "paper"), settings, dtype, vocab_size
 
 
-def worker():
+def worker(kernels):
     """Loss, gradient shard and collectives of this rank for each case, and the messages of what it refuses."""
+    os.environ["OREAL_KERNELS"] = kernels
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     group = dist.new_group(list(range(dist.get_world_size())))
@@ -95,9 +99,11 @@ def refused(group):
     return messages
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids="tp{}".format)
+@pytest.fixture(scope="module", params=["tp1", "tp2", "tp4", "tp2-kernels"])
 def ranks(request):
-    return run_ranks("test_loss_parallel:worker", request.param)
+    """What each rank returned; with PyTorch's passes, or with the kernels' source built for the CPU."""
+    kernels = str(host_library()) if "kernels" in request.param else "0"
+    return run_ranks("test_loss_parallel:worker", int(request.param[2]), {"kernels": kernels})
 
 
 @pytest.mark.parametrize("name", ["float64", "float32", "bf16"])

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from loss_cases import draw_batch, leaf, plain
-from torch.utils._python_dispatch import TorchDispatchMode
+from loss_cases import draw_batch, leaf, passes, plain  # noqa: F401
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.loss import LossSettings, make_coefficients, policy_loss, token_logprobs, vocab_parallel
+from megatron_oreal.loss import LossSettings, make_coefficients, policy_loss, token_logprobs
+
+pytestmark = pytest.mark.usefixtures("passes")
 
 # --- ownership of the logits' storage --------------------------------------------------------------------------------
 
@@ -78,53 +79,6 @@ def test_the_parts_and_token_values_carry_no_gradient():
     assert not any(t.requires_grad for t in (loss.positive, loss.negative, loss.kl, loss.logp, loss.entropy))
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of the largest storage that any operation makes, forward or backward; the number of operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.count = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = torch.utils._pytree.tree_leaves((args, kwargs))
-        known = {t.untyped_storage().data_ptr() for t in inputs if isinstance(t, torch.Tensor)}
-        self.count += 1
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return out
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_nothing_of_the_size_of_the_logits_is_ever_allocated(monkeypatch, dtype):
-    """Forward, backward and the log-prob pass stay within one float32 row chunk: here 1/32 of the logits' elements."""
-    n, width = 512, 1024
-    chunk_bytes = n * width // 32 * 4
-    monkeypatch.setattr(vocab_parallel, "CHUNK_ELEMENTS", n * width // 32)
-    logits = torch.randn(n, width).to(dtype).requires_grad_()
-    labels = torch.randint(0, width, (n,))
-    with Allocations() as passes:
-        token_logprobs(logits.detach(), labels, vocab_size=width)
-        total = policy_loss(logits, labels, plain(n, positive=1.0, kl=0.1), vocab_size=width).total
-        forward_count = passes.count
-        total.backward()
-    assert 0 < passes.largest <= chunk_bytes
-    assert passes.count > forward_count  # the backward was watched too
-    with Allocations() as naive:
-        (logits.float().log_softmax(-1).gather(1, labels[:, None])).sum().backward()
-    assert naive.largest >= n * width * 4  # what the recorder sees of the usual way
-
-
-def test_the_default_chunk_is_small_against_production_logits():
-    logits_bytes = 32768 * 19008 * 2  # N = 32768, 152064 columns over TP 8, bf16
-    chunk_bytes = vocab_parallel.CHUNK_ELEMENTS * 4
-    assert chunk_bytes < 0.02 * logits_bytes
-
-
 # --- the rest of the contract ----------------------------------------------------------------------------------------
 
 
@@ -133,7 +87,7 @@ def test_token_logprobs_gives_the_same_bits_and_leaves_the_logits():
     logits = leaf(batch.logits, torch.bfloat16)
     before = logits.detach().clone()
     logp, entropy = token_logprobs(logits, batch.labels, vocab_size=50, temperature=0.9)
-    loss = policy_loss(logits, batch.labels, plain(len(before)), vocab_size=50, temperature=0.9)
+    loss = policy_loss(logits, batch.labels, plain(len(before)), vocab_size=50, temperature=0.9, monitor=True)
     assert torch.equal(logp, loss.logp)
     assert torch.equal(entropy, loss.entropy)
     assert torch.equal(logits, before)
@@ -181,7 +135,7 @@ def test_a_label_outside_the_vocabulary_is_an_error():
     for label in (-1, 6, 100):
         labels = torch.tensor([0, label])
         with pytest.raises(UserError, match=rf"label {label} is outside the vocabulary \[0, 6\)"):
-            policy_loss(torch.zeros(2, 8), labels, plain(2), vocab_size=6)
+            policy_loss(torch.zeros(2, 8), labels, plain(2, positive=1.0), vocab_size=6)
         with pytest.raises(UserError, match="outside the vocabulary"):
             token_logprobs(torch.zeros(2, 8), labels, vocab_size=6)
 

@@ -1,13 +1,16 @@
-"""Vectorised token weights over packed sequences, against the oracle's arithmetic in Python floats."""
+"""Token weights over packed sequences, PyTorch's and the kernels', against the oracle's arithmetic in Python floats."""
 
 import math
 
 import pytest
 import torch
+from loss_cases import passes  # noqa: F401
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.loss import LossSettings, oreal_loss_reference, token_weights
 from megatron_oreal.loss.segments import Segments
+
+pytestmark = pytest.mark.usefixtures("passes")
 
 
 def draw_lengths(generator, count, longest):

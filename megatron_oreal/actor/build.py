@@ -92,6 +92,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=interleaved,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
@@ -181,6 +183,7 @@ def _build_chunk(
         vp_stage=vp_stage,
         score_head=score_head,
         local_rope=implementation == "local",
+        loss_chunk_tokens=parallel.loss_chunk_tokens,
     )
     frequencies = torch.tensor(spec.rope.inverse_frequencies(spec.head_dim), dtype=torch.float32)
     model.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())

@@ -2,8 +2,11 @@
 
 * Only the positions that the loss reads reach the vocabulary head: prompt tokens and padding are dropped before the
   GEMM, which is where most of the head's time and memory would go.
-* The head's output is consumed inside the model by a function that comes with the micro-batch, so that no logits-sized
-  tensor leaves it (Megatron would transpose it, and upcast it to fp32 in bf16 runs).
+* The head is applied inside the model by a function that comes with the micro-batch (``actor/head.py``), so that no
+  logits-sized tensor leaves it (Megatron would transpose it, and upcast it to fp32 in bf16 runs).
+
+``_postprocess`` is overridden because every megatron-core from 0.16 on has it. From 0.18 on ``GPTModel.forward`` also
+takes an ``output_processor``, which ``_postprocess`` calls just before the output layer: where the override stands.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_oreal.actor.head import VocabularyHead
 from megatron_oreal.actor.local_modules import PackedSequences
 
 
@@ -38,10 +42,13 @@ class ScoreHead(torch.nn.Module):
 class PackedGPTModel(GPTModel):
     """GPTModel over packed sequences, with a vocabulary head (policy, reference) or a score head (reward model)."""
 
-    def __init__(self, *args: Any, score_head: bool = False, local_rope: bool, **kwargs: Any):
+    def __init__(
+        self, *args: Any, score_head: bool = False, local_rope: bool, loss_chunk_tokens: int = 0, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         self.score_head = score_head
         self.local_rope = local_rope
+        self.loss_chunk_tokens = loss_chunk_tokens
         if not self.post_process:
             return
         if score_head:
@@ -77,6 +84,4 @@ class PackedGPTModel(GPTModel):
         hidden = hidden_states.squeeze(1).index_select(0, packed.read_index)
         if self.score_head:
             return packed.head(self.output_layer(hidden))
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)
-        return packed.head(logits.squeeze(1))
+        return packed.head(VocabularyHead.of(self, hidden))

@@ -17,9 +17,10 @@ from megatron_oreal.data.packing import PackedBatch
 from megatron_oreal.loss.settings import Mode
 from megatron_oreal.platform import Platform
 
-# head(i, output): what the last stage makes of micro-batch i's logits (policy, [n, vocab / tp]) or scores (reward
-# model, [n]). Returns a 0-d loss (ignored when only the forward runs) and whatever the caller wants back.
-HeadFn = Callable[[int, Tensor], tuple[Tensor, Any]]
+# head(i, output): what the last stage makes of micro-batch i's vocabulary head (policy: a VocabularyHead of n
+# positions) or scores (reward model: [n]). Returns a 0-d loss (ignored when only the forward runs) and what the caller
+# wants back.
+HeadFn = Callable[[int, Any], tuple[Tensor, Any]]
 
 
 @dataclass
@@ -78,7 +79,7 @@ def run_microbatches(
         index = next(iterator)
         batch = batches[index]
 
-        def consume(output: Tensor) -> Tensor:
+        def consume(output: Any) -> Tensor:
             loss, stash[index] = head(index, output)
             return loss
 

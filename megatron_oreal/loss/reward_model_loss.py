@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.loss.segments import Segments
+from megatron_oreal.loss.segments import Segments, copied
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def reward_model_loss(
         raise UserError(f"scores has shape {list(scores.shape)}; it must be 1-D over the response tokens")
     segments = Segments.of(lengths, len(scores), scores.device)
     count = len(segments.lengths)
-    reward = torch.as_tensor(rewards, dtype=torch.float64)
+    reward = torch.as_tensor(rewards, dtype=torch.float64).cpu()
     if reward.shape != (count,) or bool((reward.abs() != 1).any()):
         raise UserError(f"rewards is {reward.tolist()}; it must be +1 or -1 for each of the {count} sequences")
     if num_sequences_global < count:
         raise UserError(f"num_sequences_global is {num_sequences_global}; there are already {count} sequences here")
-    label = (reward > 0).double().to(scores.device)
+    label = copied((reward > 0).double(), scores.device)
     mean = segments.mean(scores.double())
     total = F.binary_cross_entropy_with_logits(mean, label, reduction="sum") / max(num_sequences_global, 1)
     predicted = mean.detach() > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,24 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.errors import UserError
+
+
+def host_lengths(lengths: Sequence[int] | Tensor, num_tokens: int) -> list[int]:
+    """Lengths on the host; raises ``UserError`` when one is < 1 or their sum is not ``num_tokens``."""
+    host = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if any(n < 1 for n in host) or sum(host) != num_tokens:
+        raise UserError(f"lengths sum to {sum(host)} for {num_tokens} tokens, the smallest is {min(host, default=0)}")
+    return host
+
+
+def packed_starts(lengths: list[int], device: torch.device) -> Tensor:
+    """cu_seqlens int64 [S + 1]: 0, then the running sums of the lengths."""
+    return copied(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64), device)
+
+
+def copied(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device; to a GPU through pinned memory, so that the host does not wait for the stream."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 @dataclass(frozen=True)
@@ -31,12 +50,8 @@ class Segments:
 
         Raises ``UserError`` when a length is < 1 or their sum is not ``num_tokens``.
         """
-        host = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-        if any(n < 1 for n in host) or sum(host) != num_tokens:
-            raise UserError(
-                f"lengths sum to {sum(host)} for {num_tokens} tokens, the smallest is {min(host, default=0)}"
-            )
-        length = torch.tensor(host, dtype=torch.int64, device=device)
+        host = host_lengths(lengths, num_tokens)
+        length = copied(torch.tensor(host, dtype=torch.int64), device)
         starts = length.cumsum(0) - length
         sequence = torch.arange(len(host), device=device)
         ids = torch.repeat_interleave(sequence, length, output_size=num_tokens)

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.loss.segments import Segments
+from megatron_oreal.loss.library import kernels_for
+from megatron_oreal.loss.segments import Segments, host_lengths, packed_starts
 from megatron_oreal.loss.settings import LossSettings
 
 
 @torch.no_grad()
 def token_weights(scores: Tensor, lengths: Sequence[int] | Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
     """Compute both weights of every token, as if its sequence were a positive and as if it were a negative.
+
+    With the compiled kernels (``kernels.py``) in one pass, else in PyTorch.
 
     Args:
         scores: [N], any float type: s_t of the response tokens, sequences one after another; whole sequences, so
@@ -31,6 +34,10 @@ def token_weights(scores: Tensor, lengths: Sequence[int] | Tensor, settings: Los
     """
     if scores.dim() != 1:
         raise UserError(f"scores has shape {list(scores.shape)}; it must be 1-D over the response tokens")
+    kernels = kernels_for(scores.device) if scores.dtype != torch.float64 else None
+    if kernels is not None:
+        starts = packed_starts(host_lengths(lengths, len(scores)), scores.device)
+        return kernels.token_weights(scores, starts, settings)
     segments = Segments.of(lengths, len(scores), scores.device)
     quality = scores.double()
     if settings.mode == "released":
