@@ -44,13 +44,14 @@ def megatron(hf: Path, tmp_path: Path) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], tool: str, *arguments: object) -> str:
-    """The one line of a refusal; checks the exit status and that nothing appeared."""
+    """The one line on standard error of a refusal; checks the exit status and that nothing appeared."""
     out = next((Path(str(b)) for a, b in itertools.pairwise(arguments) if a == "--out"), None)
     existed = out is not None and out.exists()
     capsys.readouterr()
     assert convert(tool, *arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
     if out is not None:
         assert out.exists() == existed
         assert not out.with_name(f".{out.name}.incomplete").exists()
@@ -241,7 +242,7 @@ def _cut(name: str, keep: float) -> Callable[[Path], None]:
     return damage
 
 
-def _flip(folder: Path) -> None:
+def flip(folder: Path) -> None:
     """Change one byte of a value; the archive's checksum tells."""
     path = folder / "__0_0.distcp"
     data = bytearray(path.read_bytes())
@@ -266,7 +267,7 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], None], str]] = {
     "a missing file": (lambda folder: (folder / "__3_0.distcp").unlink(), "__3_0.distcp: missing, though .metadata"),
     "a truncated file": (_cut("__1_0.distcp", 0.9), "__1_0.distcp: truncated"),
     "an empty file": (_cut("__1_0.distcp", 0), "__1_0.distcp: truncated"),
-    "one changed byte": (_flip, "__0_0.distcp: tensor 'decoder.layers.self_attention.linear_qkv.layer_norm_weight'"),
+    "one changed byte": (flip, "__0_0.distcp: tensor 'decoder.layers.self_attention.linear_qkv.layer_norm_weight'"),
     "no config": (lambda folder: (folder / "hf" / "config.json").unlink(), "has no hf/config.json"),
 }
 

@@ -171,6 +171,11 @@ def _remove_weights(folder: Path, spec: ModelSpec) -> None:
 def _index_to_nowhere(folder: Path, spec: ModelSpec) -> None:
     weight_map = dict.fromkeys(hf_tensors(spec), "model-00001-of-00009.safetensors")
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / SINGLE_FILE).unlink()
+
+
+def _index_of_other_files(folder: Path, spec: ModelSpec) -> None:
+    write_checkpoint(folder, spec, random_weights(spec), files=2)
 
 
 def _index_that_lies(folder: Path, spec: ModelSpec) -> None:
@@ -196,6 +201,10 @@ def _index_of_junk(folder: Path, spec: ModelSpec) -> None:
         (_truncate, r"model\.safetensors: damaged"),
         (_remove_weights, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
         (_index_to_nowhere, r"model-00001-of-00009\.safetensors: missing, though"),
+        (
+            _index_of_other_files,
+            r"holds model\.safetensors, which transformers reads, and model\.safetensors\.index",
+        ),
         (_index_that_lies, r"model\.safetensors: tensor 'lm_head\.weight' is missing from the file"),
         (_index_of_junk, r"index\.json: not a safetensors index"),
     ],

@@ -60,7 +60,13 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
-COPIED = {"tokenizer.json": "{}", "tokenizer_config.json": "{ }", "chat_template.jinja": "{{x}}", "merges.txt": "a b"}
+COPIED = {
+    "additional_chat_templates/tools.jinja": "{{y}}",
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{ }",
+    "chat_template.jinja": "{{x}}",
+    "merges.txt": "a b",
+}
 NOT_COPIED = {"README.md": "of the original", "pytorch_model.bin": "old"}
 EXPORTS: dict[str, tuple[str, bool, dict, int]] = {
     "qwen2 tied TP2 PP2": ("qwen2", True, TP2_PP2, 1),
@@ -78,6 +84,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         folder = tmp_path_factory.mktemp("export")
         weights = random_weights(spec, reward_model=name == "reward model")
         write_checkpoint(folder / "in", spec, weights, files=2)
+        (folder / "in" / "additional_chat_templates").mkdir()
         for file, text in (COPIED | NOT_COPIED).items():
             (folder / "in" / file).write_text(text)
         options: dict[str, Any] = {"max_shard_bytes": 3000, "bucket_bytes": 1000}
@@ -131,7 +138,7 @@ def test_index_metadata_and_permissions_are_those_that_transformers_writes(
             assert tensor in opened.keys()  # noqa: SIM118
     plain = tmp_path / "plain"
     plain.touch()
-    modes = {path.name: stat.filemode(path.stat().st_mode) for path in out.iterdir()}
+    modes = {path.name: stat.filemode(path.stat().st_mode) for path in out.iterdir() if path.is_file()}
     assert modes == dict.fromkeys(modes, stat.filemode(plain.stat().st_mode))
 
 

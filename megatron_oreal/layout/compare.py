@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 from megatron_oreal.layout.blocks import Rect, Shape, full_rect
 from megatron_oreal.layout.families import EMBEDDING, LM_HEAD
 from megatron_oreal.layout.hf import TensorSource
+from megatron_oreal.layout.megatron_checkpoint import MegatronSource
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SLAB_ELEMENTS = 4 * 2**20
 
 
@@ -48,6 +51,16 @@ class Comparison:
         """Whether both hold the same tensors, bit for bit."""
         return not (self.missing or self.extra or self.shapes or self.dtypes or self.different)
 
+    def join(self, other: Comparison, prefix: str = "") -> None:
+        """Add what another comparison found; ``prefix`` stands before its tensors' names."""
+        self.compared += other.compared
+        self.missing += [prefix + name for name in other.missing]
+        self.extra += [prefix + name for name in other.extra]
+        self.shapes |= {prefix + name: shapes for name, shapes in other.shapes.items()}
+        self.dtypes |= {prefix + name: dtypes for name, dtypes in other.dtypes.items()}
+        self.different += [replace(found, name=prefix + found.name) for found in other.different]
+        self.notes += other.notes
+
 
 def compare_sources(
     a: TensorSource,
@@ -77,6 +90,30 @@ def compare_sources(
     return result
 
 
+def compare_states(
+    a: MegatronSource, b: MegatronSource, on_tensor: Callable[[str], None] = lambda name: None
+) -> Comparison:
+    """Compare what two Megatron directories hold besides the weights: optimizer states, and the keys of all else.
+
+    A state's tensors are named ``{state}: {tensor}``. What is kept by rank is compared by its keys alone.
+    """
+    result = Comparison()
+    for state in dict.fromkeys([*a.optimizer_states, *b.optimizer_states]):
+        sides = (a, b)
+        holders = [side for side in sides if state in side.optimizer_states]
+        if len(holders) == 1:
+            (result.missing if holders[0] is a else result.extra).append(f"optimizer state {state}")
+            continue
+        found = compare_sources(*(side.state(state) for side in sides), on_tensor=on_tensor)
+        result.join(found, f"{state}: ")
+    here, there = a.other_keys(), b.other_keys()
+    result.missing += [key for key in here if key not in set(there)]
+    result.extra += [key for key in there if key not in set(here)]
+    if both := sorted(set(here) & set(there)):
+        result.notes.append(f"{len(both)} keys that are kept by rank, {both[0]!r} first, are compared by name alone")
+    return result
+
+
 def _is_tied_copy(name: str, own: TensorSource, other: TensorSource) -> bool:
     if name != LM_HEAD or name in other or EMBEDDING not in own or own.shape(name) != own.shape(EMBEDDING):
         return False
@@ -92,7 +129,8 @@ def _compare(name: str, a: TensorSource, b: TensorSource, dtype: torch.dtype | N
         one, other = a.read(name, rect), b.read(name, rect)
         if dtype is not None:
             one, other = one.to(dtype), other.to(dtype)
-        found = _joined(found, _difference(name, one, other, rect[0][0], a.shape(name)))
+        start = rect[0][0] if rect else 0
+        found = _joined(found, _difference(name, one, other, start, a.shape(name)))
     if found is not None:
         result.different.append(found)
 
@@ -102,8 +140,10 @@ def _difference(name: str, one: Tensor, other: Tensor, first_row: int, shape: Sh
     if one.dtype == other.dtype:
         bits = _BITS[one.dtype.itemsize]
         unequal = one.contiguous().view(bits) != other.contiguous().view(bits)
+        one, other = _numbers(one), _numbers(other)
     else:
-        one, other = one.float(), other.float()
+        wide = torch.promote_types(_numbers(one).dtype, _numbers(other).dtype)
+        one, other = one.to(wide), other.to(wide)
         unequal = (one != other) & ~(one.isnan() & other.isnan())
     count = int(unequal.sum())
     if not count:
@@ -111,10 +151,13 @@ def _difference(name: str, one: Tensor, other: Tensor, first_row: int, shape: Sh
     position = tuple(int(i) for i in unequal.nonzero()[0])
     values = float(one[position]), float(other[position])
     apart = (one[unequal].double() - other[unequal].double()).abs().max()
-    elements = 1
-    for size in shape:
-        elements *= size
-    return Difference(name, elements, count, float(apart), (position[0] + first_row, *position[1:]), values)
+    first = (position[0] + first_row, *position[1:]) if shape else ()
+    return Difference(name, math.prod(shape), count, float(apart), first, values)
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """Return values that torch can index and subtract: float8, integers and booleans as float64."""
+    return values if values.dtype in _FLOATS else values.double()
 
 
 def _joined(before: Difference | None, now: Difference | None) -> Difference | None:
@@ -125,8 +168,8 @@ def _joined(before: Difference | None, now: Difference | None) -> Difference | N
 
 
 def _slabs(shape: Shape) -> list[Rect]:
-    inner = 1
-    for size in shape[1:]:
-        inner *= size
-    step = max(1, _SLAB_ELEMENTS // inner)
+    """Cut a tensor by its rows; one of no dimensions is one element, one without elements is in no slab."""
+    if not shape or not math.prod(shape):
+        return [] if shape else [()]
+    step = max(1, _SLAB_ELEMENTS // math.prod(shape[1:]))
     return [((start, min(start + step, shape[0])), *full_rect(shape[1:])) for start in range(0, shape[0], step)]

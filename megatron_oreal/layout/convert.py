@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import Rect, Shape, full_rect
-from megatron_oreal.layout.directory import NewDirectory, together, write_companions, writing
+from megatron_oreal.layout.directory import NewDirectory, check_companions, together, write_companions
 from megatron_oreal.layout.families import EMBEDDING, FAMILY_LAYERS, LM_HEAD, SCORE, hf_tensors
+from megatron_oreal.layout.files import writing
 from megatron_oreal.layout.hf import TensorSource, file_names, partition_files
 from megatron_oreal.layout.megatron_checkpoint import HF_FOLDER
 from megatron_oreal.layout.megatron_writer import Section, ShardFile, Written, total_bytes, write_files, write_metadata
@@ -108,6 +109,11 @@ def only_dtype(source: TensorSource, names: Sequence[str], origin: str | Path) -
     return next(iter(found.values()))
 
 
+def _begin(out: NewDirectory, model_dir: Path, size: int) -> None:
+    check_companions(model_dir)
+    out.begin(size)
+
+
 # Megatron
 
 
@@ -130,7 +136,7 @@ def save_megatron(
     out = NewDirectory(out_dir)
     first = team.rank == 0
     try:
-        together(None, lambda: out.begin(total_bytes(files, sections)) if first else None)
+        together(None, lambda: _begin(out, model_dir, total_bytes(files, sections)) if first else None)
         written: Written = []
 
         together(None, lambda: written.extend(write_files(out.partial, team.mine(files), sections, on_bytes)))
@@ -188,7 +194,7 @@ def save_hf(
     first = team.rank == 0
     size = sum(math.prod(shape) for shapes in files.values() for shape in shapes.values()) * dtype.itemsize
     try:
-        together(None, lambda: out.begin(size) if first else None)
+        together(None, lambda: _begin(out, model_dir, size) if first else None)
 
         def write() -> None:
             for name in team.mine(list(files)):

@@ -5,48 +5,33 @@ Nothing here knows ranks, except ``together``, which also works in a process of 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import fnmatch
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import Shape
+from megatron_oreal.layout.files import WRITE_MENDS, check_readable, read_json, reading, writing
 from megatron_oreal.layout.hf import INDEX_FILE
 
 COPIED_FILES = (
     "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "*.model",
+    "chat_template*", "additional_chat_templates/*.jinja", "*.model",
 )  # fmt: skip
 """Files of the original model directory that belong to the written model as they are."""
-
-_MENDS = {
-    errno.ENOSPC: "free some space, or write to another file system",
-    errno.EDQUOT: "your quota is used up: free some space, or write to another file system",
-    errno.EFBIG: "the file system or `ulimit -f` allows no file of this size: use smaller shards",
-    errno.ENOENT: "it has gone, or a rank that writes does not see the file system of the first",
-    errno.EACCES: "choose a directory that you may write to",
-    errno.EPERM: "choose a directory that you may write to",
-    errno.EROFS: "choose a directory that you may write to",
-    errno.EEXIST: "a part of the path is a file: choose another directory",
-    errno.ENOTDIR: "a part of the path is a file: choose another directory",
-    errno.ENOTEMPTY: "something else wrote there meanwhile: remove it, or choose another directory",
-}
 
 
 class NewDirectory:
@@ -72,7 +57,9 @@ class NewDirectory:
 
         Refuses too when the file system has less than ``required_bytes`` free: better now than after an hour's writing.
         """
-        if os.path.lexists(self.path) and not _is_empty_directory(self.path):
+        with writing(self.path):
+            taken = os.path.lexists(self.path) and not _is_empty_directory(self.path)
+        if taken:
             raise UserError(f"{self.path}: already exists: choose another directory, or remove it first")
         with writing(self.partial):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +74,7 @@ class NewDirectory:
             self.abandon()
             raise UserError(
                 f"{self.path}: needs {required_bytes / 1e9:.3g} GB and the file system has {free / 1e9:.3g} GB free: "
-                f"{_MENDS[errno.ENOSPC]}"
+                f"{WRITE_MENDS[errno.ENOSPC]}"
             )
 
     def commit(self) -> None:
@@ -140,24 +127,7 @@ class NewDirectory:
 def _is_empty_directory(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
-    with writing(path):
-        return not any(path.iterdir())
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write ``path`` into a ``UserError`` that names the file and says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if number is None and (found := re.search(r"os error (\d+)", str(error))):
-            number = int(found[1])
-        # of a copy or a rename, the second is what could not be written
-        name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
-        reason = os.strerror(number) if number else " ".join(str(error).split())
-        mend = _MENDS.get(number or 0, "check the disk and its permissions")
-        raise UserError(f"{name}: cannot be written ({reason}): {mend}") from error
+    return not any(path.iterdir())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -189,16 +159,34 @@ def write_companions(
             "weight_map": {tensor: file for file, shapes in files.items() for tensor in shapes},
         }
         _write_json(folder / INDEX_FILE, index, sort_keys=True)
-    try:
-        config = json.loads((model_dir / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_dir / 'config.json'}: cannot be read ({error}): give a model directory") from None
-    config = adapt_config(config, dtype, reward_model)
+    config = adapt_config(read_json(model_dir / "config.json"), dtype, reward_model)
     _write_json(folder / "config.json", config)
-    for path in sorted(model_dir.iterdir()):
-        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COPIED_FILES):
-            with writing(folder / path.name):
-                shutil.copyfile(path, folder / path.name)
+    for path in _copied_files(model_dir):
+        copy = folder / path.relative_to(model_dir)
+        check_readable(path)
+        with writing(copy):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def check_companions(model_dir: Path) -> None:
+    """See that what ``write_companions`` takes from ``model_dir`` can be read, before the weights are written."""
+    read_json(model_dir / "config.json")
+    for path in _copied_files(model_dir):
+        check_readable(path)
+
+
+def _copied_files(model_dir: Path) -> list[Path]:
+    with reading(model_dir):
+        paths = [path for pattern in COPIED_FILES for path in _matching(model_dir, pattern)]
+        return sorted({path for path in paths if path.is_file()})
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """Paths that fit ``pattern``, of one part or two; unlike ``Path.glob`` it raises when it may not look."""
+    first, _, rest = pattern.partition("/")
+    paths = [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, first)]
+    return [inner for path in paths if path.is_dir() for inner in _matching(path, rest)] if rest else paths
 
 
 def _write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
+import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,14 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_oreal.errors import UserError
+from megatron_oreal.layout.files import is_file, reading
 
 METADATA_FILE = ".metadata"
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+UNREADABLE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)  # fmt: skip
+"""What reading junk as a pickle raises."""
 
 
 class _Ignored:
@@ -48,13 +56,14 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_metadata(directory: Path) -> Metadata:
     """Read ``.metadata``; ``UserError`` when it is missing or damaged, or the checkpoint is of another backend."""
     path = directory / METADATA_FILE
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(
             f"{directory}: has no {METADATA_FILE}: not a complete dist_checkpointing directory (torch_dist)"
         )
+    with reading(path):
+        data = path.read_bytes()
     try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
     except Exception as error:
         raise UserError(f"{path}: damaged ({one_line(error)})") from None
     if not isinstance(metadata, Metadata) or not metadata.storage_data:
@@ -67,7 +76,7 @@ def read_object(path: Path, offset: int, length: int) -> Any:
 
     Its checksums are verified, which ``torch.load`` does not do (0: saved without them).
     """
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         file.seek(offset)
         data = file.read(length)
     if data.startswith(b"PK\x03\x04"):
@@ -79,6 +88,27 @@ def read_object(path: Path, offset: int, length: int) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
+def load_plain(path: Path, offset: int = 0, length: int = -1) -> Any:
+    """Read what stands beside the tensors; ``argparse.Namespace``, Megatron-LM's ``args``, may be in it.
+
+    ``UserError`` that names the file when it is damaged, and when it holds classes that would have to be imported.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return read_object(path, offset, length)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        if foreign := re.search(r"GLOBAL (\w[\w.]*)", str(error)):
+            raise UserError(
+                f"{path}: holds {foreign[1]} objects, and code of other packages is not run from a file: give "
+                "--weights-only to leave out what stands beside the weights"
+            ) from None
+        reason = "not what torch.save writes" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise UserError(f"{path}: damaged or not readable ({reason})") from None
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks, its class when it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch's are in colours
+    return " ".join(text.split())[:200] or type(error).__name__

@@ -215,7 +215,7 @@ def execute_plan(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> Traffic:
     """Do this rank's part of a plan once (``Resharder.run``); ``wire_dtype``: by default the one of all tensors."""
-    dtype = wire_dtype or _common_dtype(plan, src_tensors, dst_tensors, rank)
+    dtype = wire_dtype or common_dtype([*src_tensors.values(), *dst_tensors.values()], f"{plan.label}: give wire_dtype")
     return Resharder(plan, rank, group, wire_dtype=dtype, bucket_bytes=bucket_bytes).run(src_tensors, dst_tensors)
 
 
@@ -245,10 +245,9 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _common_dtype(plan: Plan, src: Mapping[str, Tensor], dst: Mapping[str, Tensor], rank: int) -> torch.dtype:
-    dtypes = {tensor.dtype for tensors in (src, dst) for tensor in tensors.values()}
+def common_dtype(tensors: Iterable[Tensor], mend: str) -> torch.dtype:
+    """Return the dtype of all these tensors (float32 when there are none); ``ValueError`` with ``mend`` for several."""
+    dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
-        raise ValueError(
-            f"{plan.label}: tensors of rank {rank} have several dtypes {sorted(map(str, dtypes))}: give wire_dtype"
-        )
+        raise ValueError(f"tensors have several dtypes {sorted(map(str, dtypes))}: {mend}")
     return dtypes.pop() if dtypes else torch.float32

@@ -12,10 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import Layout, Shape
-from megatron_oreal.layout.directory import NewDirectory, sync, together, write_companions, write_safetensors
-from megatron_oreal.layout.execute import DEFAULT_BUCKET_BYTES, execute_plan
+from megatron_oreal.layout.directory import (
+    NewDirectory,
+    check_companions,
+    sync,
+    together,
+    write_companions,
+    write_safetensors,
+)
+from megatron_oreal.layout.execute import DEFAULT_BUCKET_BYTES, common_dtype, execute_plan
 from megatron_oreal.layout.families import hf_tensors
 from megatron_oreal.layout.hf import file_names, partition_files, whole_tensors
 from megatron_oreal.layout.model_spec import ModelSpec
@@ -53,7 +59,7 @@ def export_hf(
     out = NewDirectory(out_dir)
     everyone = sorted({r for ranks in source_ranks.values() for r in ranks})
     writers = everyone if writers is None else list(writers)
-    dtype = dtype or _only_dtype(tensors)
+    dtype = dtype or common_dtype(tensors.values(), "give the dtype of the export")
     files = partition_files(hf_tensors(spec, reward_model=reward_model), dtype.itemsize, max_shard_bytes)
     shapes_of = dict(zip(file_names(len(files)), files, strict=True))
     first = rank == writers[0]
@@ -78,8 +84,7 @@ def export_hf(
 
 
 def _begin(out: NewDirectory, model_dir: Path, files: list[dict[str, Shape]], dtype: torch.dtype) -> None:
-    if not (model_dir / "config.json").is_file():
-        raise UserError(f"{model_dir}: has no config.json to export with the weights")
+    check_companions(model_dir)
     elements = sum(math.prod(shape) for shapes in files for shape in shapes.values())
     out.begin(required_bytes=elements * dtype.itemsize)
 
@@ -100,10 +105,3 @@ def _waves(count: int, writers: Sequence[int]) -> Iterator[dict[int, int]]:
     for start in range(0, count, len(writers)):
         numbers = range(start, min(start + len(writers), count))
         yield {number: writers[slot * len(writers) // len(numbers)] for slot, number in enumerate(numbers)}
-
-
-def _only_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1:
-        raise ValueError(f"parameters have the dtypes {sorted(map(str, dtypes))}: give the dtype of the export")
-    return dtypes.pop()

@@ -17,12 +17,18 @@ from torch import Tensor
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import Layout, Rect, Shape, ShardBuilder, ShardLayout, rect_size, to_slices
 from megatron_oreal.layout.families import hf_tensors, whole
+from megatron_oreal.layout.files import check_readable, is_file, reading
 from megatron_oreal.layout.model_spec import ModelSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHER_DTYPES = {
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
 _MAPPED_BYTES = 32 * 2**20
 """A mapped file's pages count as this process's memory: after so many bytes the files are mapped anew."""
 
@@ -75,11 +81,13 @@ class SafetensorsSource:
 
     Only the bytes of a rectangle are read (the files are memory-mapped); ``bytes_read`` counts them. A context manager;
     ``close`` drops the files. Raises ``UserError`` that names the file for a directory without safetensors files, a
-    missing or damaged shard, an index that lies, and a dtype other than float32, float16 and bfloat16.
+    missing or damaged shard, an index that lies, and a dtype other than float32, float16 and bfloat16
+    (``any_dtype``: other than those and float8, float64, integers and booleans).
     """
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(self, model_dir: str | Path, *, any_dtype: bool = False) -> None:
         self.model_dir = Path(model_dir)
+        self._dtypes = _DTYPES | _OTHER_DTYPES if any_dtype else _DTYPES
         self.bytes_read = 0
         self._map_until = _MAPPED_BYTES
         self._stack = contextlib.ExitStack()
@@ -113,9 +121,9 @@ class SafetensorsSource:
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor; ``UserError`` unless it is a plain float type."""
         stored = self._slice(name).get_dtype()
-        if stored not in _DTYPES:
+        if stored not in self._dtypes:
             raise UserError(f"{self._path(name)}: tensor {name!r} has dtype {stored}: use BF16, F16 or F32")
-        return _DTYPES[stored]
+        return self._dtypes[stored]
 
     def read(self, name: str, rect: Rect) -> Tensor:
         """Read the rectangle of a tensor, on the CPU, in the dtype of the file."""
@@ -163,6 +171,8 @@ class SafetensorsSource:
     def _file(self, file: str) -> Any:
         if file not in self._open:
             path = self.model_dir / file
+            if is_file(path):
+                check_readable(path)  # safetensors would not say that it may not
             try:
                 self._open[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except FileNotFoundError:
@@ -173,17 +183,29 @@ class SafetensorsSource:
 
     def _weight_map(self) -> dict[str, str]:
         index, single = self.model_dir / INDEX_FILE, self.model_dir / SINGLE_FILE
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                return {str(name): str(file) for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{index}: not a safetensors index with a 'weight_map'") from None
-        if single.is_file():
+        if is_file(index):
+            weight_map = _read_index(index)
+            if is_file(single) and (others := sorted(set(weight_map.values()) - {SINGLE_FILE})):
+                raise UserError(
+                    f"{self.model_dir}: holds {SINGLE_FILE}, which transformers reads, and {INDEX_FILE} of other "
+                    f"files ({others[0]}, ...): remove what is not of this model"
+                )
+            return weight_map
+        if is_file(single):
             return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
         raise UserError(
             f"{self.model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} is there: give a safetensors checkpoint"
         )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file of each tensor."""
+    with reading(path):
+        data = path.read_bytes()
+    try:
+        return {str(name): str(file) for name, file in json.loads(data)["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a safetensors index with a 'weight_map'") from None
 
 
 def partition_files(tensors: dict[str, Shape], itemsize: int, max_shard_bytes: int) -> list[dict[str, Shape]]:

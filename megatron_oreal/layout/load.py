@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import ShardLayout, to_slices
+from megatron_oreal.layout.files import reading
 from megatron_oreal.layout.hf import SafetensorsSource, TensorSource
 from megatron_oreal.layout.megatron_checkpoint import (
     HF_FOLDER,
@@ -24,12 +25,15 @@ from megatron_oreal.layout.model_spec import ModelSpec
 def open_source(directory: str | Path, spec: ModelSpec) -> SafetensorsSource | MegatronSource:
     """Open a Hugging Face or a ``dist_checkpointing`` directory of a model of this shape; a context manager.
 
-    Raises ``UserError`` when a Megatron directory says that it is of another shape (sizes, rope, norm).
+    Raises ``UserError`` when a Megatron directory says that it is of another shape (sizes, rope, norm), or
+    holds tensors of another model.
     """
     if not is_megatron_checkpoint(directory):
         return SafetensorsSource(directory)
     directory = Path(directory)
-    if (directory / HF_FOLDER).is_dir():
+    with reading(directory / HF_FOLDER):
+        described = (directory / HF_FOLDER).is_dir()
+    if described:
         stored = replace(load_stored_spec(directory), max_position_embeddings=spec.max_position_embeddings)
         for field in fields(spec):
             own, other = getattr(spec, field.name), getattr(stored, field.name)

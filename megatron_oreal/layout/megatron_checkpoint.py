@@ -40,8 +40,9 @@ from megatron_oreal.layout.blocks import (
     shift,
     to_slices,
 )
-from megatron_oreal.layout.distcp import METADATA_FILE, UNREADABLE, one_line, read_metadata, read_object
+from megatron_oreal.layout.distcp import METADATA_FILE, UNREADABLE, load_plain, one_line, read_metadata, read_object
 from megatron_oreal.layout.families import hf_tensors
+from megatron_oreal.layout.files import check_readable, is_file
 from megatron_oreal.layout.megatron import megatron_layout
 from megatron_oreal.layout.model_spec import ModelSpec, load_model_spec
 
@@ -52,9 +53,14 @@ HF_FOLDER = "hf"
 
 _EMBEDDING_KEY = "embedding.word_embeddings.weight"
 _OUTPUT_KEY = "output_layer.weight"
+VOCABULARY_KEYS = (_EMBEDDING_KEY, _OUTPUT_KEY)
+"""Keys of the tables that have rows of padding below those of the vocabulary."""
 _LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _PREFIXES = ("", "module.", "model.")
 _OPTIMIZER_PREFIX = "optimizer.state."
+_BESIDE_MODEL = ("optimizer.", "chained_")
+"""What stands beside a model whose keys have no prefix: its optimizer, or (``ChainedOptimizer``) several."""
+_EXTRA_STATE = "._extra_state"
 _LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -66,7 +72,7 @@ _CACHE_BYTES = 64 * 2**20
 
 def is_megatron_checkpoint(path: str | Path) -> bool:
     """Whether a directory is one that ``dist_checkpointing`` wrote, perhaps a damaged one."""
-    return any((Path(path) / name).is_file() for name in (METADATA_FILE, CONFIG_FILE))
+    return any(is_file(Path(path) / name) for name in (METADATA_FILE, CONFIG_FILE))
 
 
 def global_layout(spec: ModelSpec, padded_vocab: int, reward_model: bool) -> ShardLayout:
@@ -115,7 +121,8 @@ class MegatronSource:
     keys. A reward model is known by its scalar head. Chunks are read whole; the last ones are kept, up to the size of a
     ``linear_qkv`` (which is read for query, key and value) or 64 MiB.
 
-    Raises ``UserError`` naming the file or the tensor for a directory that is incomplete, damaged or of another model.
+    Raises ``UserError`` naming the file or the tensor for a directory that is incomplete, damaged or of another model,
+    which is one too that holds a tensor of the model that no parameter of ``spec`` comes from.
     """
 
     def __init__(self, directory: str | Path, spec: ModelSpec | None = None, *, section: str = "") -> None:
@@ -141,6 +148,8 @@ class MegatronSource:
         self._blocks: dict[str, list[Block]] = defaultdict(list)
         for block in layout.blocks:
             self._blocks[block.tensor].append(block)
+        self._used = {key for param in self._params if (key := self._stored_key(param)) is not None}
+        self._refuse_other_model()
         self._places: dict[str, _Place] = {}
         self._cache: OrderedDict[_Chunk, Tensor] = OrderedDict()
         qkv = (self.spec.q_size + 2 * self.spec.kv_size) * self.spec.hidden_size
@@ -199,6 +208,12 @@ class MegatronSource:
                 self._read_param(block.param, block.dest_of(common), out[to_slices(shift(common, origin))])
         return out
 
+    def read_stored(self, param: str, rect: Rect) -> Tensor:
+        """Read the rectangle of a parameter of the whole model by Megatron's name, padding included."""
+        out = torch.empty([stop - start for start, stop in rect], dtype=self._place(param).dtype)
+        self._read_param(param, rect, out)
+        return out
+
     def cost(self, wanted: Iterable[tuple[str, Rect]]) -> int:
         """Bytes that reading these rectangles takes from the files when nothing is read twice."""
         chunks = set()
@@ -222,30 +237,38 @@ class MegatronSource:
             if key.startswith(_OPTIMIZER_PREFIX) and key.endswith(tail)
         ]
 
+    def state(self, name: str) -> MegatronSource:
+        """Open one of ``optimizer_states``, every tensor of it checked."""
+        state = MegatronSource(self.directory, self.spec, section=name)
+        state.check_all()
+        return state
+
     def other_keys(self) -> list[str]:
         """Keys that are neither weights, optimizer states with their geometry, nor Megatron's empty extra states."""
-        heads = [self.prefix, *(f"{_OPTIMIZER_PREFIX}{name}." for name in self.optimizer_states)]
-        known = tuple(head + part for head in heads for part in ("decoder.", "embedding.", "output_layer."))
+        states = tuple(f"{_OPTIMIZER_PREFIX}{name}." for name in self.optimizer_states)
         return [
             key
             for key in self._metadata.state_dict_metadata
-            if not key.startswith(known) and not key.startswith("common_state/")
+            if key not in self._used
+            and not key.startswith((*states, "common_state/"))
+            and not (key.startswith(self.prefix) and _EXTRA_STATE in key)
         ]
 
     def common_state(self) -> dict[str, Any]:
         """What the checkpoint holds besides tensors: ``common.pt``, or ``common_state`` of megatron-core 0.19."""
         path = self.directory / COMMON_FILE
         key = "common_state/shard_0_1"
-        try:
-            if path.is_file():
-                return torch.load(path, map_location="cpu", weights_only=True)
-            if key in self._metadata.state_dict_metadata:
-                info = self._metadata.storage_data[MetadataIndex(key)]
-                path = self.directory / info.relative_path
-                return read_object(path, info.offset, info.length)[0]
-        except UNREADABLE as error:
-            raise UserError(f"{path}: damaged or not readable ({one_line(error)})") from None
-        return {}
+        if is_file(path):
+            found = [load_plain(path)]
+        elif key in self._metadata.state_dict_metadata:
+            info = self._metadata.storage_data[MetadataIndex(key)]
+            path = self.directory / info.relative_path
+            found = load_plain(path, info.offset, info.length)
+        else:
+            raise UserError(f"{path}: missing: the checkpoint is incomplete (--weights-only does without it)")
+        if not (isinstance(found, list) and found and isinstance(found[0], dict)):
+            raise UserError(f"{path}: damaged: it does not hold the state beside the tensors")
+        return found[0]
 
     def _model_prefix(self) -> str:
         for prefix in _PREFIXES:
@@ -267,6 +290,24 @@ class MegatronSource:
             )
         return int(rows)
 
+    def _stored_key(self, param: str) -> str | None:
+        """Key that a parameter is read from; None when it is not there."""
+        keys = (self.prefix + key for key, _ in _candidates(param))
+        return next((key for key in keys if key in self._stored), None)
+
+    def _refuse_other_model(self) -> None:
+        """A tensor that nothing reads would be lost without a word: the config is not of this checkpoint."""
+        for key in self._stored:
+            beside = not self.section and key.startswith(_BESIDE_MODEL) and not self.prefix
+            if key in self._used or not key.startswith(self.prefix) or beside or _EXTRA_STATE in key:
+                continue
+            layer = _LAYER_KEY.fullmatch(key.removeprefix(self.prefix))
+            if layer is not None and int(layer[1]) >= self.spec.num_layers:
+                reason = f"but config.json says num_hidden_layers={self.spec.num_layers}"
+            else:
+                reason = f"but config.json describes a {self.spec.family} model, which has none"
+            raise UserError(f"{self.directory}: tensor {key!r} is stored, {reason}: they are not of one model")
+
     def _check_tying(self, output: TensorStorageMetadata | None) -> None:
         key = self.prefix + _OUTPUT_KEY
         if output is not None and self.spec.tied_embeddings and not self.reward_model:
@@ -286,10 +327,11 @@ class MegatronSource:
             ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
         for file, end in ends.items():
             path = self.directory / file
-            if not path.is_file():
+            if not is_file(path):
                 raise UserError(f"{path}: missing, though {METADATA_FILE} names it: the checkpoint is incomplete")
             if path.stat().st_size < end:
                 raise UserError(f"{path}: truncated: has {path.stat().st_size} bytes of the {end} that it should have")
+            check_readable(path)
 
     def _place(self, param: str) -> _Place:
         if param not in self._places:
@@ -358,6 +400,8 @@ class MegatronSource:
         path = self.directory / chunk.file
         try:
             value = read_object(path, chunk.offset, chunk.length)
+        except UserError:
+            raise
         except UNREADABLE as error:
             raise UserError(f"{path}: tensor {place.key!r}: damaged or not readable ({one_line(error)})") from None
         sizes = tuple(stop - start for start, stop in chunk.rect)
@@ -383,7 +427,7 @@ def _candidates(param: str) -> Iterator[tuple[str, int | None]]:
 
 def load_stored_spec(directory: Path) -> ModelSpec:
     """Read the model's shape from the folder ``hf`` of a checkpoint."""
-    if not (directory / HF_FOLDER / "config.json").is_file():
+    if not is_file(directory / HF_FOLDER / "config.json"):
         raise UserError(
             f"{directory}: has no {HF_FOLDER}/config.json: name a directory with the model's config.json (--hf-config)"
         )

@@ -28,13 +28,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_oreal.layout.blocks import Block, Rect, Shape, full_rect, intersect, rect_size, shift, to_slices
-from megatron_oreal.layout.directory import writing
 from megatron_oreal.layout.distcp import METADATA_FILE
+from megatron_oreal.layout.files import writing
 from megatron_oreal.layout.hf import TensorSource
 from megatron_oreal.layout.megatron import megatron_layout, padded_vocab_size
 from megatron_oreal.layout.megatron_checkpoint import (
     COMMON_FILE,
     CONFIG_FILE,
+    VOCABULARY_KEYS,
+    MegatronSource,
     global_layout,
     stacked_key,
 )
@@ -106,12 +108,15 @@ class ShardFile:
 class Section:
     """A set of tensors in the geometry of the weights: the weights themselves, or an optimizer state.
 
-    ``prefix`` stands before the keys; values are read from ``source`` and stored as ``dtype``.
+    ``prefix`` stands before the keys; values are read from ``source`` and stored as ``dtype``. Vocabulary padding is
+    zero; with ``keep_padding`` it is the source's, a ``MegatronSource`` whose tables have as many rows: training moves
+    these rows too.
     """
 
     prefix: str
     source: TensorSource
     dtype: torch.dtype
+    keep_padding: bool = False
 
 
 def plan_files(spec: ModelSpec, target: MegatronTarget, files_per_shard: int = 1) -> list[ShardFile]:
@@ -255,6 +260,9 @@ def _open(path: Path) -> Iterator[_Stream]:
 
 
 def _value(chunk: Chunk, section: Section) -> Tensor:
+    if section.keep_padding and chunk.key in VOCABULARY_KEYS:
+        assert isinstance(section.source, MegatronSource)
+        return section.source.read_stored(chunk.key, chunk.rect).to(section.dtype)
     shape = [stop - start for start, stop in chunk.rect]
     value = torch.zeros(shape, dtype=section.dtype)
     dims = len(chunk.blocks[0].dest) if chunk.blocks else len(shape)

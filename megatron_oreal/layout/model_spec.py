@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.families import ARCHITECTURES, has_role, hf_tensors
+from megatron_oreal.layout.files import is_file, read_json
 
 _CLASSIFIER = "ForSequenceClassification"
 FAMILIES: dict[str, str] = ARCHITECTURES | {
@@ -91,49 +91,34 @@ def load_model_spec(model_dir: str | Path) -> ModelSpec:
     config asks for something that the table of its family does not describe.
     """
     path = Path(model_dir) / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"model directory {str(model_dir)!r} has no config.json: give a Hugging Face model directory")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return model_spec_from_config(config, str(path))
+    return model_spec_from_config(read_json(path), str(path))
 
 
 def model_spec_from_config(config: dict[str, Any], origin: str = "config.json") -> ModelSpec:
     """Build the spec from a parsed ``config.json``; ``origin`` names the file in error messages."""
-    architectures = config.get("architectures") or [None]
-    family = FAMILIES.get(architectures[0])
-    if family is None:
-        raise UserError(f"{origin}: architectures={architectures} is not supported: use one of {', '.join(FAMILIES)}")
-    _refuse_unsupported(config, family, origin)
-    try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        spec = ModelSpec(
-            family=family,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden,
-            ffn_hidden_size=int(config["intermediate_size"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config["max_position_embeddings"]),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=has_role(family, "qkv_bias"),
-            qk_norm=has_role(family, "q_norm"),
-            rope=_rope_spec(config, origin),
-        )
-    except KeyError as error:
-        raise UserError(f"{origin}: key {error} is missing") from None
-    except UserError:
-        raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{origin}: a size or a rope parameter is not a positive number ({error})") from None
+    architecture = _architecture(config, origin)
+    family = FAMILIES[architecture]
+    _refuse_unsupported(config, architecture, origin)
+    heads = _size(config, "num_attention_heads", origin)
+    hidden = _size(config, "hidden_size", origin)
+    spec = ModelSpec(
+        family=family,
+        num_layers=_size(config, "num_hidden_layers", origin),
+        hidden_size=hidden,
+        ffn_hidden_size=_size(config, "intermediate_size", origin),
+        num_heads=heads,
+        num_kv_heads=_size(config, "num_key_value_heads", origin, heads),
+        head_dim=_size(config, "head_dim", origin, max(1, hidden // heads)),
+        vocab_size=_size(config, "vocab_size", origin),
+        max_position_embeddings=_size(config, "max_position_embeddings", origin),
+        norm_eps=_number(config, "rms_norm_eps", origin, 1e-6),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=has_role(family, "qkv_bias"),
+        qk_norm=has_role(family, "q_norm"),
+        rope=_rope_spec(config, origin),
+    )
     if spec.num_heads % spec.num_kv_heads:
         raise UserError(
             f"{origin}: num_attention_heads={spec.num_heads} is not a multiple of "
@@ -142,18 +127,51 @@ def model_spec_from_config(config: dict[str, Any], origin: str = "config.json") 
     return spec
 
 
-def _refuse_unsupported(config: dict[str, Any], family: str, origin: str) -> None:
+def _architecture(config: dict[str, Any], origin: str) -> str:
+    """Return the first of ``architectures``, one of ``FAMILIES``."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    if not isinstance(first, str) or first not in FAMILIES:
+        raise UserError(f"{origin}: architectures={named!r} is not supported: use one of [{', '.join(FAMILIES)}]")
+    return first
+
+
+def _size(config: dict[str, Any], key: str, origin: str, default: int | None = None) -> int:
+    """Return an integer of at least 1; ``default`` where the key is absent or null."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise UserError(f"{origin}: key {key!r} is missing" if key not in config else f"{origin}: {key} is null")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{origin}: {key}={value!r} is not a whole number of at least 1")
+    return value
+
+
+def _number(config: dict[str, Any], key: str, origin: str, default: float | None = None) -> float:
+    """Return a positive finite number; ``default`` where the key is absent."""
+    if key not in config and default is not None:
+        return default
+    if key not in config:
+        raise UserError(f"{origin}: key {key!r} is missing")
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{origin}: {key}={value!r} is not a positive number")
+    return float(value)
+
+
+def _refuse_unsupported(config: dict[str, Any], architecture: str, origin: str) -> None:
+    family = FAMILIES[architecture]
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{origin}: hidden_act={config['hidden_act']!r} is not supported: only 'silu'")
     if config.get("use_sliding_window"):
         raise UserError(f"{origin}: use_sliding_window=true is not supported: set it to false")
     if config.get("attention_bias") and not has_role(family, "qkv_bias"):
         raise UserError(f"{origin}: attention_bias=true is not supported for {family}")
-    labels = len(config.get("id2label") or (0, 1))  # transformers' default is two labels
-    if config["architectures"][0].endswith(_CLASSIFIER) and labels != 1:
-        raise UserError(
-            f"{origin}: a {config['architectures'][0]} of {labels} labels is not a reward model: it needs 1"
-        )
+    named = config.get("id2label") or {"0": "", "1": ""}  # transformers' default is two labels
+    labels = len(named) if isinstance(named, dict) else repr(named)
+    if architecture.endswith(_CLASSIFIER) and labels != 1:
+        raise UserError(f"{origin}: a {architecture} of {labels} labels is not a reward model: it needs 1")
     if config.get("mlp_bias"):
         raise UserError(f"{origin}: mlp_bias=true is not supported")
     if config.get("quantization_config"):
@@ -162,22 +180,29 @@ def _refuse_unsupported(config: dict[str, Any], family: str, origin: str) -> Non
 
 def _rope_spec(config: dict[str, Any], origin: str) -> RopeSpec:
     """Read ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (earlier versions)."""
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
+    for section in ("rope_scaling", "rope_parameters"):
+        values = config.get(section) or {}
+        if not isinstance(values, dict):
+            raise UserError(f"{origin}: {section}={values!r} is not an object")
+        rope |= values
+    rope["rope_theta"] = rope["rope_theta"] or config.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0) != 1.0:
+    theta = _number(rope, "rope_theta", origin)
+    if (rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0) != 1.0:
         raise UserError(f"{origin}: partial_rotary_factor is not supported: only 1.0")
     if kind == "default":
         return RopeSpec(theta=theta)
     if kind not in ("linear", "llama3"):
         raise UserError(f"{origin}: rope_type={kind!r} is not supported: use default, linear or llama3")
+    factor = _number(rope, "factor", origin)
     if kind == "linear":
-        return RopeSpec(theta=theta, kind="linear", factor=float(rope["factor"]))
+        return RopeSpec(theta=theta, kind="linear", factor=factor)
     return RopeSpec(
         theta=theta,
         kind="llama3",
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+        factor=factor,
+        low_freq_factor=_number(rope, "low_freq_factor", origin),
+        high_freq_factor=_number(rope, "high_freq_factor", origin),
+        original_max_position_embeddings=_size(rope, "original_max_position_embeddings", origin),
     )

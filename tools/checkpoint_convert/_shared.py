@@ -6,43 +6,79 @@ torch is imported only after the arguments were found to make sense.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from megatron_oreal.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron_oreal.layout.blocks import Rect
     from megatron_oreal.layout.convert import Team
     from megatron_oreal.layout.hf import TensorSource
     from megatron_oreal.layout.megatron_checkpoint import MegatronSource
     from megatron_oreal.layout.megatron_writer import MegatronTarget, ShardFile
     from megatron_oreal.layout.model_spec import ModelSpec
+    from megatron_oreal.telemetry.progress import Bar
 
 DTYPES = ("bf16", "fp16", "fp32")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1} | {
+    f"{prefix}{binary}": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("KMGT", start=1)
+    for binary in ("", "I")
+}
 _MODELS = ("policy", "reward_model")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as the rest of a tool does."""
+
+    def error(self, message: str) -> NoReturn:
+        if _is_first():
+            print(f"error: {message} (--help lists the arguments)", file=sys.stderr, flush=True)
+        raise SystemExit(2)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Return a parser whose help keeps the description's line breaks."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def directory(text: str) -> Path:
+    """The ``type`` of an argument; an empty one is a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a directory is empty")
+    return Path(text)
 
 
 def add_output(arguments: argparse.ArgumentParser, *, dtype: bool = True) -> None:
     """Add what every converter takes."""
-    arguments.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
+    arguments.add_argument("--out", type=directory, required=True, metavar="DIR", help="new directory")
     if dtype:
         arguments.add_argument("--dtype", choices=DTYPES, help="of the result; default: as stored")
     arguments.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+
+
+def add_megatron_input(arguments: argparse.ArgumentParser) -> None:
+    """Add what is read of a ``dist_checkpointing`` directory."""
+    arguments.add_argument(
+        "--megatron", type=directory, required=True, metavar="DIR", help="dist_checkpointing directory"
+    )
+    arguments.add_argument(
+        "--hf-config", type=directory, metavar="DIR", help="config.json and tokenizer; default: the folder hf inside"
+    )
 
 
 def add_layout(arguments: argparse.ArgumentParser) -> None:
@@ -72,23 +108,36 @@ def check_layout(arguments: argparse.Namespace) -> None:
 
 def check_directories(source: Path, out: Path | None = None) -> None:
     """Find the commonest mistakes before torch is imported."""
-    if not source.is_dir():
-        raise UserError(f"{source}: " + ("not a directory" if source.exists() else "does not exist"))
+    with _looking(source):
+        if not source.is_dir():
+            raise UserError(f"{source}: " + ("not a directory" if source.exists() else "does not exist"))
+        next(source.iterdir(), None)
     if out is None:
         return
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+    with _looking(out):
+        taken = os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
+    if taken:
         raise UserError(f"{out}: already exists: choose another directory, or remove it first")
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out} is inside {source}, which is read: choose another directory")
 
 
+@contextmanager
+def _looking(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}): check its permissions") from None
+
+
 def parse_size(text: str) -> int:
     """``5GB``, ``500MB``, ``2GiB``, bytes; the ``type`` of an argument."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?i?)B?\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else None
     size = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise argparse.ArgumentTypeError(f"{shown!r} is not a size such as 5GB, 500MB or 2GiB")
     return size
 
 
@@ -100,15 +149,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def run(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a tool; returns its exit status, 2 after one line on standard error for a mistake."""
+    """Run a tool; returns its exit status: 2 after one line on standard error for a mistake, 3 for a defect."""
     try:
         return work(arguments)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:  # a defect: not 1, which says that two checkpoints differ
+        traceback.print_exc()
+        return 3
 
 
 @contextmanager
@@ -135,10 +187,21 @@ def open_megatron(directory: Path, hf_config: Path | None = None) -> MegatronSou
     from megatron_oreal.layout.model_spec import load_model_spec
 
     if not is_megatron_checkpoint(directory):
-        inside = [name for name in _MODELS if is_megatron_checkpoint(directory / name)]
-        hint = f"give one of {', '.join(str(directory / name) for name in inside)}" if inside else "it has no .metadata"
+        inside = checkpoints_inside(directory)
+        hint = f"give one of {', '.join(map(str, inside))}" if inside else "it has no .metadata"
         raise UserError(f"{directory}: not a dist_checkpointing directory: {hint}")
     return MegatronSource(directory, load_model_spec(hf_config) if hf_config else None)
+
+
+def checkpoints_inside(directory: Path) -> list[Path]:
+    """Return the checkpoints of a trainer's step, or the newest first of a root of Megatron-LM."""
+    from megatron_oreal.layout.files import reading
+    from megatron_oreal.layout.megatron_checkpoint import is_megatron_checkpoint
+
+    with reading(directory):
+        iterations = sorted((path for path in directory.glob("iter_*") if path.is_dir()), reverse=True)
+    candidates = [directory / name for name in _MODELS] + iterations + [directory / "release"]
+    return [path for path in candidates if is_megatron_checkpoint(path)][:3]
 
 
 def megatron_target(arguments: argparse.Namespace, spec: ModelSpec, reward_model: bool) -> MegatronTarget:
@@ -163,35 +226,54 @@ def prepare(work: Callable[[], Any]) -> Any:
     return results[0]
 
 
+class _Lines(io.TextIOBase):
+    """Standard error for the lines of a progress bar; its last one is not wanted beside that of a mistake."""
+
+    muted = False
+
+    def write(self, text: str) -> int:
+        return len(text) if self.muted else sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 @contextmanager
-def bar(label: str, count: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on the first process; yields what takes the bytes of each tensor that is written."""
+def shown_progress(label: str, count: int) -> Iterator[Bar]:
+    """Show progress on the first process, and nothing of it after a mistake, whose line stands alone."""
     from megatron_oreal.telemetry.progress import progress
 
+    lines = None if sys.stderr.isatty() else _Lines()
+    with progress(label, total=count, unit="tensors", stream=cast("TextIO | None", lines)) as shown:
+        try:
+            yield shown
+        except UserError:
+            if lines is not None:
+                lines.muted = True
+            raise
+
+
+@contextmanager
+def bar(label: str, count: int) -> Iterator[Callable[[int], None]]:
+    """Show progress; yields what takes the bytes of each tensor that is written."""
+    from megatron_oreal.layout.statistics import format_bytes
+
     done, began = 0, time.monotonic()
-    with progress(label, total=count, unit="tensors") as shown:
+    with shown_progress(label, count) as shown:
 
         def on_bytes(nbytes: int) -> None:
             nonlocal done
             done += nbytes
             seconds = max(time.monotonic() - began, 1e-3)
-            shown.update(1, extra=f"{gigabytes(done)}, {done / seconds / 1e6:.0f} MB/s")
+            shown.update(1, extra=f"{format_bytes(done)}, {done / seconds / 1e6:.0f} MB/s")
 
         yield on_bytes
 
 
 def say(*lines: str) -> None:
     """Print on the first process."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         print(*lines, sep="\n", flush=True)
-
-
-def gigabytes(nbytes: int) -> str:
-    """``1.23 GB``, ``45.6 MB``, ``789 B``."""
-    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}"
-    return f"{nbytes} B"
 
 
 def describe_model(spec: ModelSpec, reward_model: bool) -> str:
@@ -206,29 +288,33 @@ def describe_model(spec: ModelSpec, reward_model: bool) -> str:
 
 
 def megatron_rows(
-    files: Sequence[ShardFile], target: MegatronTarget, itemsize: int, source: TensorSource
+    files: Sequence[ShardFile], target: MegatronTarget, itemsize: int, *sources: TensorSource
 ) -> list[tuple[str, str, int, int]]:
-    """(file, its rank, bytes to write, bytes to read) of each file, for ``print_plan``."""
+    """(file, its rank, bytes to write, bytes to read) of each file, for ``print_plan``; a source for each section."""
     rows = []
     for file in files:
-        wanted: list[tuple[str, Rect]] = [
-            (block.tensor, block.source) for chunk in file.chunks for block in chunk.blocks if block.tensor in source
-        ]
+        blocks = [block for chunk in file.chunks for block in chunk.blocks]
         place = f"tp {file.shard % target.tp} pp {file.shard // target.tp}"
-        rows.append((file.name, place, file.elements * itemsize, source.cost(wanted)))
+        read = 0
+        for source in sources:
+            read += source.cost((block.tensor, block.source) for block in blocks if block.tensor in source)
+        rows.append((file.name, place, file.elements * itemsize, read))
     return rows
 
 
 def print_plan(rows: Sequence[tuple[str, str, int, int]], size: int, largest: int) -> None:
     """Print what is written by whom, from how many bytes; ``largest``: bytes of the largest tensor held."""
+    from megatron_oreal.layout.statistics import format_bytes
+
     width = max(len(name) for name, *_ in rows)
     for number, (name, place, written, read) in enumerate(rows):
-        say(f"  {name:<{width}}  {place:<12}  {gigabytes(written):>8}  by process {number % size}"
-            f"  from {gigabytes(read)}")  # fmt: skip
+        say(f"  {name:<{width}}  {place:<12}  {format_bytes(written):>8}  by process {number % size}"
+            f"  from {format_bytes(read)}")  # fmt: skip
     for rank in range(size):
         mine = rows[rank::size]
         say(
-            f"process {rank}: reads {gigabytes(sum(row[3] for row in mine))}, writes "
-            f"{gigabytes(sum(row[2] for row in mine))} in {len(mine)} files"
+            f"process {rank}: reads {format_bytes(sum(row[3] for row in mine))}, writes "
+            f"{format_bytes(sum(row[2] for row in mine))} in {len(mine)} files"
         )
-    say(f"total {gigabytes(sum(row[2] for row in rows))}; the largest tensor held at a time is {gigabytes(largest)}")
+    total = sum(row[2] for row in rows)
+    say(f"total {format_bytes(total)}; the largest tensor held at a time is {format_bytes(largest)}")

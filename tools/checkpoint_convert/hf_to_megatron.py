@@ -7,7 +7,6 @@ torchrun --nproc-per-node 8 hf_to_megatron.py --hf DIR --out DIR --tp 4 --pp 2
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,9 @@ import _shared as shared
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     parser = shared.parser(__doc__)
-    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    parser.add_argument(
+        "--hf", type=shared.directory, required=True, metavar="DIR", help="Hugging Face model directory"
+    )
     shared.add_output(parser)
     shared.add_layout(parser)
     parser.add_argument(
@@ -85,8 +86,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _is_classifier(model_dir: Path) -> bool:
     """Whether the model is a reward model by its own config."""
-    config = json.loads((model_dir / "config.json").read_text())
-    return str(config["architectures"][0]).endswith("ForSequenceClassification")
+    from megatron_oreal.layout.files import read_json
+
+    return str(read_json(model_dir / "config.json")["architectures"][0]).endswith("ForSequenceClassification")
 
 
 if __name__ == "__main__":

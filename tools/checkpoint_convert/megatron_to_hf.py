@@ -10,7 +10,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import _shared as shared
 
@@ -18,13 +17,18 @@ import _shared as shared
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     parser = shared.parser(__doc__)
-    parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="dist_checkpointing directory")
+    parser.add_argument(
+        "--megatron", type=shared.directory, required=True, metavar="DIR", help="dist_checkpointing directory"
+    )
     shared.add_output(parser)
     parser.add_argument(
         "--shard-size", type=shared.parse_size, default="5GB", metavar="SIZE", help="of a safetensors file (5GB)"
     )
     parser.add_argument(
-        "--hf-config", type=Path, metavar="DIR", help="config.json and tokenizer; default: the folder hf inside"
+        "--hf-config",
+        type=shared.directory,
+        metavar="DIR",
+        help="config.json and tokenizer; default: the folder hf inside",
     )
     return shared.run(_convert, parser.parse_args(argv))
 

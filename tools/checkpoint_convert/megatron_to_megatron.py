@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import _shared as shared
@@ -21,19 +20,24 @@ from megatron_oreal.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_oreal.layout.megatron_checkpoint import MegatronSource
-    from megatron_oreal.layout.megatron_writer import Section
+    from megatron_oreal.layout.megatron_writer import MegatronTarget, Section
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     parser = shared.parser(__doc__)
-    parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="dist_checkpointing directory")
+    parser.add_argument(
+        "--megatron", type=shared.directory, required=True, metavar="DIR", help="dist_checkpointing directory"
+    )
     shared.add_output(parser, dtype=False)
     shared.add_layout(parser)
     parser.add_argument("--weights-only", action="store_true", help="leave optimizer state and everything else out")
     parser.add_argument("--dtype", choices=shared.DTYPES, help="of the weights, with --weights-only")
     parser.add_argument(
-        "--hf-config", type=Path, metavar="DIR", help="config.json and tokenizer; default: the folder hf inside"
+        "--hf-config",
+        type=shared.directory,
+        metavar="DIR",
+        help="config.json and tokenizer; default: the folder hf inside",
     )
     return shared.run(_convert, parser.parse_args(argv))
 
@@ -50,14 +54,14 @@ def _convert(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     with shared.team() as team:
 
-        def prepare() -> tuple[MegatronSource, list[Section], dict]:
+        def prepare() -> tuple[MegatronSource, MegatronTarget, list[Section], dict]:
             source = shared.open_megatron(arguments.megatron, arguments.hf_config)
             source.check_all()
-            sections, common = _sections(source, arguments)
-            return source, sections, common
+            target = shared.megatron_target(arguments, source.spec, source.reward_model)
+            sections, common = _sections(source, target, arguments)
+            return source, target, sections, common
 
-        source, sections, common = shared.prepare(prepare)
-        target = shared.megatron_target(arguments, source.spec, source.reward_model)
+        source, target, sections, common = shared.prepare(prepare)
         files = plan_files(source.spec, target, files_per_shard=-(-team.size // (target.tp * target.pp)))
         shared.say(
             f"{arguments.megatron} -> {arguments.out}: {shared.describe_model(source.spec, source.reward_model)}",
@@ -71,7 +75,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             size = sum(section.dtype.itemsize for section in sections)
             largest = max(chunk.elements for file in files for chunk in file.chunks)
             shared.print_plan(
-                shared.megatron_rows(files, target, size, source),
+                shared.megatron_rows(files, target, size, *(section.source for section in sections)),
                 team.size,
                 largest * max(section.dtype.itemsize for section in sections),
             )
@@ -93,15 +97,17 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sections(source: MegatronSource, arguments: argparse.Namespace) -> tuple[list[Section], dict]:
+def _sections(
+    source: MegatronSource, target: MegatronTarget, arguments: argparse.Namespace
+) -> tuple[list[Section], dict]:
     """The weights, and, unless they alone are wanted, every optimizer state and what stands beside the tensors."""
     from megatron_oreal.layout.convert import only_dtype
-    from megatron_oreal.layout.megatron_checkpoint import MegatronSource
-    from megatron_oreal.layout.megatron_writer import Section
+    from megatron_oreal.layout.megatron_writer import Section, padded_rows
 
+    keep = source.padded_vocab == source.spec.vocab_size + padded_rows(source.spec, target)
     stored = only_dtype(source, source.names(), arguments.megatron)
     dtype = shared.torch_dtype(arguments.dtype) if arguments.dtype else stored
-    sections = [Section(source.prefix, source, dtype)]
+    sections = [Section(source.prefix, source, dtype, keep)]
     if arguments.weights_only:
         return sections, {"checkpoint_version": 3.0, "iteration": 0}
     if others := source.other_keys():
@@ -110,9 +116,8 @@ def _sections(source: MegatronSource, arguments: argparse.Namespace) -> tuple[li
             "cannot be cut for another layout: give --weights-only to leave them out"
         )
     for name in source.optimizer_states:
-        state = MegatronSource(arguments.megatron, source.spec, section=name)
-        state.check_all()
-        sections.append(Section(state.prefix, state, only_dtype(state, state.names(), arguments.megatron)))
+        state = source.state(name)
+        sections.append(Section(state.prefix, state, only_dtype(state, state.names(), arguments.megatron), keep))
     return sections, source.common_state()
 
 
