@@ -82,9 +82,18 @@ def worker(kernels):
         loss.total.backward()
         values = {key: getattr(loss, key).detach() for key in VALUES}
         results[name] = values | {"gradient": shard.grad, "forward": forward, "both": dict(counts), "logprobs": logp}
+    results["masked"] = masked(group)
     results["refused"] = refused(group)
     dist.destroy_process_group()
     return results
+
+
+def masked(group):
+    """(logp, entropy) where every second row is not read."""
+    batch, _, _, _, vocab_size = draw_case("float32")
+    shard = batch.logits.float().chunk(group.size(), dim=1)[group.rank()].contiguous()
+    active = torch.arange(len(shard)) % 2 == 0
+    return token_logprobs(shard, batch.labels, vocab_size=vocab_size, temperature=0.8, tp_group=group, active=active)
 
 
 def refused(group):
@@ -123,6 +132,13 @@ def test_shards_over_ranks_give_the_loss_and_gradient_of_one_rank_and_of_the_ora
     torch.testing.assert_close(gradient, logits.grad, rtol=slack, atol=1e-9)
     bound = 1e-2 if dtype == torch.bfloat16 else 5e-6
     assert (gradient.double() - oracle_gradient).norm() <= bound * oracle_gradient.norm()
+
+
+def test_rows_that_are_not_read_are_zero_whatever_the_number_of_ranks(ranks):
+    for rank in ranks:
+        for value, whole in zip(rank["masked"], (rank["float32"]["logp"], rank["float32"]["entropy"]), strict=True):
+            assert torch.equal(value[0::2], whole[0::2])
+            assert not value[1::2].any()
 
 
 @pytest.mark.parametrize("name", ["float64", "float32", "bf16"])

@@ -141,12 +141,13 @@ def test_an_empty_pack_has_no_weights():
         assert positive.shape == negative.shape == (0,)
 
 
-def test_a_nan_score_is_not_hidden():
+def test_a_nan_score_is_not_hidden_and_leaves_its_sequence_no_top(passes):
     scores = torch.tensor([0.5, float("nan"), 1.0, 2.0])
     for rescale in ("threshold", "topk"):
-        positive, _ = token_weights(scores, [3, 1], LossSettings(rescale=rescale, correct_topk_ratio=1.0))
-        assert positive[:3].isnan().any()
-        assert not positive[3].isnan()
+        for weights in token_weights(scores, [3, 1], LossSettings(rescale=rescale)):
+            assert weights[1:3].isnan().all()
+            assert rescale == "threshold" or weights[0].isnan()
+            assert not weights[3].isnan()
 
 
 def test_no_python_loop_over_sequences():

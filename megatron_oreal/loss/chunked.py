@@ -20,6 +20,7 @@ stays as it is: Megatron clears it once a step, and a shorter micro-batch of the
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ class _WeightGradient:
         target = self.sum
         if target.dtype == gradient.dtype:
             target.addmm_(gradient.t(), hidden)
-        elif gradient.is_cuda and target.dtype == torch.float32 and "dtype_out" in torch.ops.aten.addmm.overloads():
+        elif target.dtype == torch.float32 and _gemm_adds_to_float32(gradient.device, gradient.dtype):
             torch.addmm(target, gradient.t(), hidden, out_dtype=torch.float32, out=target)
         else:
             wide = hidden.to(target.dtype)
@@ -182,6 +183,20 @@ class _WeightGradient:
         if self.main_grad is not None:
             return torch.zeros_like(self.weight)
         return (self.sum if factor is None else self.sum.mul_(factor)).to(self.weight.dtype)
+
+
+@cache
+def _gemm_adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of ``dtype`` to float32 in one GEMM: on CUDA from 2.10 on, so it is tried."""
+    if device.type != "cuda":
+        return False
+    try:
+        target = torch.zeros(16, 16, device=device)
+        ones = torch.ones(16, 16, device=device, dtype=dtype)
+        torch.addmm(target, ones.t(), ones, out_dtype=torch.float32, out=target)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 class _ChunkedPolicyLoss(torch.autograd.Function):

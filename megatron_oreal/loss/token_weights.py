@@ -79,4 +79,5 @@ def _top_scaled(values: Tensor, segments: Segments, ratio: float) -> Tensor:
     scaled = torch.where(spread == 0, 1.0, (ranked - low[segments.ids]) / spread)
     weights = torch.empty_like(values)
     weights[order] = torch.where(segments.positions < counts[segments.ids], scaled, 0.0)
-    return weights
+    # NaN sorts as the largest, so a sequence with one has it in front: it has no top, and nothing hides that
+    return weights.masked_fill(high.isnan()[segments.ids], torch.nan)

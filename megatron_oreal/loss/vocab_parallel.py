@@ -109,6 +109,8 @@ def combine(
     log_sum = sum_exp.log()
     logp = (gathered[:, :, 3].amax(dim=0) - maximum) / temperature - log_sum
     entropy = log_sum - sum_weighted / sum_exp / temperature
+    if active is not None:  # a row that is not read counts once for each rank in the sums
+        logp, entropy = torch.where(active, logp, 0.0), torch.where(active, entropy, 0.0)
     terms, derivative = None, torch.zeros_like(logp)
     if coefficients is not None:
         of_token = token_terms(logp, coefficients)
