@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import numpy as np
 
 from megatron_oreal.algorithm import request_seed
 from megatron_oreal.config import Config
@@ -33,38 +31,56 @@ def evaluate(
 ) -> dict[str, float]:
     """pass@1 over ``num_samples`` samples a problem at the training temperature, top-p and top-k off; and greedy.
 
-    An unknown verdict counts as not solved: accuracy is a claim about what was shown to be right. ``quiet``: no bars.
+    A response with an unknown verdict leaves its problem's pass rate, as in training; ``eval/unknown_share`` is the
+    share of both kinds of samples that did, and the accuracy is NaN where all did. ``quiet``: no bars.
     """
     full = replace(sampling, top_p=1.0, top_k=0)
-    sampled = _correct(sampler, prompts, num_samples, full, run_seed, None if quiet else "evaluate")
-    greedy = _correct(
+    sampled = _verdicts(sampler, prompts, num_samples, full, run_seed, None if quiet else "evaluate")
+    greedy = _verdicts(
         sampler, prompts, 1, replace(full, temperature=0.0), run_seed, None if quiet else "evaluate greedy"
     )
-    interval = grouped_interval(sampled)
+    solved = known_correct(sampled)
+    interval = grouped_interval(solved)
+    everything = [verdict for problem in (*sampled, *greedy) for verdict in problem]
     return {
-        names.EVAL_PASS_AT_1: pass_at_1(sampled),
+        names.EVAL_PASS_AT_1: pass_at_1(solved),
         names.EVAL_PASS_AT_1_LOW: interval.low,
         names.EVAL_PASS_AT_1_HIGH: interval.high,
-        names.EVAL_GREEDY: pass_at_1(greedy),
+        names.EVAL_GREEDY: pass_at_1(known_correct(greedy)),
+        names.EVAL_UNKNOWN_SHARE: everything.count(Verdict.UNKNOWN) / max(len(everything), 1),
     }
 
 
-def _correct(
+def known_correct(verdicts: Sequence[Sequence[Verdict]]) -> list[list[bool]]:
+    """Return for every problem which of its samples with a known verdict are correct."""
+    return [[v is Verdict.CORRECT for v in problem if v is not Verdict.UNKNOWN] for problem in verdicts]
+
+
+def require_known(result: Mapping[str, float], limit: float) -> None:
+    """Raise ``UserError`` when more of an evaluation than ``limit`` (``verifier.max_unknown_share``) is unknown."""
+    share = result[names.EVAL_UNKNOWN_SHARE]
+    if share > limit:
+        raise UserError(
+            f"verifier.max_unknown_share={limit}: {share:.0%} of the evaluation's verdicts are unknown, and accuracy "
+            "on the rest is no estimate for all: repair the judge (verifier.hosts, judge.timeout_s, judge.deadline_s), "
+            "or raise the limit"
+        )
+
+
+def _verdicts(
     sampler: RolloutSampler,
     prompts: Sequence[Prompt],
     num_samples: int,
     sampling: SamplingParams,
     run_seed: int,
     label: str | None,
-) -> np.ndarray:
-    """Bool [problems, samples]."""
+) -> list[list[Verdict]]:
+    """Verdicts, one list a problem."""
     drawn = sampler.sample(
         prompts, num_samples, sampling, lambda group, k: request_seed(run_seed, _EVALUATION_STEP, group, k), label
     )
-    verdicts = [
-        trajectory.judgement is not None and trajectory.judgement.verdict is Verdict.CORRECT for trajectory in drawn
-    ]
-    return np.array(verdicts).reshape(len(prompts), num_samples)
+    verdicts = [Verdict.UNKNOWN if t.judgement is None else t.judgement.verdict for t in drawn]
+    return [verdicts[at : at + num_samples] for at in range(0, len(verdicts), num_samples)]
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -78,6 +94,8 @@ def evaluate_model(config: Config) -> dict[str, float]:
         run.say(
             f"pass@1 on {len(run.held_out)} problems: sampled {result[names.EVAL_PASS_AT_1]:.3f} "
             f"[{result[names.EVAL_PASS_AT_1_LOW]:.3f}, {result[names.EVAL_PASS_AT_1_HIGH]:.3f}] "
-            f"({config.evaluation.num_samples} samples each), greedy {result[names.EVAL_GREEDY]:.3f}"
+            f"({config.evaluation.num_samples} samples each), greedy {result[names.EVAL_GREEDY]:.3f}, "
+            f"{result[names.EVAL_UNKNOWN_SHARE]:.1%} of the verdicts unknown"
         )
+        require_known(result, config.verifier.max_unknown_share)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ STOP_WORD = "<|im_end|>"
 WINDOW = 4096
 """Rows read ahead of the last row written: what a slow row lets the others run ahead."""
 _ROW_KEYS = ("gold_answer", "response")
+_JUDGE_COUNTS = ("requests", "retries", "cache_hits", "shared", "withheld")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +100,8 @@ def _config(arguments: argparse.Namespace, many: bool) -> VerifierConfig:
         options["num_processes"] = arguments.num_processes
     tree: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     config = parse_verifier({**tree, "judge": {"cache": arguments.cache}}, arguments.set)
+    if arguments.cache is not None and not config.hosts:
+        raise UserError(f"--cache {arguments.cache!r} keeps the judge's verdicts, and there is no judge: give --hosts")
     for message in judge_contradictions(config):
         raise UserError(message)
     if arguments.stop_word is None:
@@ -150,28 +154,48 @@ def _verify_file(arguments: argparse.Namespace, config: VerifierConfig, source: 
         raise UserError(f"--out {str(target)!r} is not a regular file, which could appear when all rows are done")
     if target.exists() and target.samefile(source):
         raise UserError(f"--out {str(target)!r} is the file that is read: give another name")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        output = partial.open("w", encoding="utf-8", errors="backslashreplace")  # a lone surrogate's JSON escape
-    except OSError as error:
-        raise UserError(f"--out {str(target)!r} cannot be written: {error.strerror}") from None
     began = time.perf_counter()
-    try:
-        with output, _open(config, arguments.stop_word) as verifier:
-            totals, reasons = _stream(verifier, source, output, total, arguments.stop_word)
-            stats = verifier.stats()
-        partial.replace(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    with _partial(target) as output, _open(config, arguments.stop_word) as verifier:
+        totals, reasons = _stream(verifier, source, output, total, arguments.stop_word)
+        stats = verifier.stats()
     seconds = time.perf_counter() - began
     summary: dict[str, Any] = {"rows": total, **{verdict.value: totals[verdict] for verdict in Verdict}}
     if reasons:
         summary["unknown_reasons"] = dict(reasons.most_common())
     if stats is not None:
-        summary["judge"] = {name: getattr(stats, name) for name in ("requests", "retries", "cache_hits", "shared")}
+        summary["judge"] = {name: getattr(stats, name) for name in _JUDGE_COUNTS}
     print(json.dumps(summary | {"seconds": round(seconds, 3), "rows_per_second": round(total / seconds, 1)}))
     return 0
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[TextIO]:
+    """Yield a file beside ``target`` that takes its place at the end, and is gone after a failure.
+
+    One name, with a lock: what a killed process left is written over, and two processes with one output are noticed.
+    """
+    path = target.with_name(f".{target.name}.partial")
+    try:
+        output = path.open("a", encoding="utf-8", errors="backslashreplace")  # a lone surrogate's JSON escape
+    except OSError as error:
+        raise UserError(f"--out {str(target)!r} cannot be written: {error.strerror}") from None
+    with output:
+        try:
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {str(target)!r} is being written by another process: give another name") from None
+        except OSError as error:
+            raise UserError(f"--out {str(target)!r} cannot be locked: {error.strerror}") from None
+        if not path.exists() or not os.path.samestat(os.fstat(output.fileno()), path.stat()):  # it has just ended
+            raise UserError(f"--out {str(target)!r} was just written by another process: give another name")
+        try:
+            output.truncate(0)
+            yield output
+            output.flush()
+            path.replace(target)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
 
 
 def _stream(
@@ -220,7 +244,7 @@ def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not source.is_file():
         raise UserError(f"--file {str(source)!r}: no such file (a pipe cannot be read twice)")
     try:
-        with source.open(encoding="utf-8") as lines:
+        with source.open(encoding="utf-8-sig") as lines:  # some editors begin a file with a byte order mark
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, _parse_row(line, f"{source}:{number}")

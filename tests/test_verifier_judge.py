@@ -149,6 +149,12 @@ def test_a_judge_that_fails_is_unknown_with_its_reason_in_time(respond, reason):
     assert any(re.search(reason, judgement.reason) for judgement in judgements), [j.reason for j in judgements]
 
 
+def test_at_the_deadline_the_reason_is_what_the_server_did_and_not_only_that_time_is_up():
+    with JudgeServer(servers.hang) as server:
+        (judgement,) = ask(settings(server, timeout_s=0.5, deadline_s=0.5, model="m"), RIGHT)
+    assert re.fullmatch(r"judge deadline: http://\S+: no whole reply within 0\.\d+ s", judgement.reason)
+
+
 def test_nothing_is_scored_wrong_because_the_judge_failed_and_nothing_is_lost_or_comes_twice():
     """A host in another mood at every request; the verdict, where there is one, is the honest judge's."""
     rng = random.Random(0)

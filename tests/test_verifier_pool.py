@@ -104,7 +104,50 @@ def test_a_stopped_worker_is_killed_by_the_parent():
         os.kill(pool.worker_pids[0], signal.SIGSTOP)
         pool.submit("stuck", "", "1")
         ((_, judgement),) = pool.results()
-        assert (judgement.verdict, judgement.reason) == (Verdict.UNKNOWN, "worker killed by SIGKILL")
+        assert (judgement.verdict, judgement.reason) == (Verdict.UNKNOWN, "deadline of 1 s exceeded")
+
+
+def test_no_checker_outlives_its_deadline_by_a_second_even_one_that_ignores_the_alarm():
+    with VerifierPool(1, 1, checker=ON_DEMAND) as pool:
+        pool.verify([VerifyItem("start", "", "1")])
+        start = time.monotonic()
+        (judgement,) = pool.verify([VerifyItem(0, "ignore the alarm", "1")])
+        assert (judgement.verdict, judgement.reason) == (Verdict.UNKNOWN, "deadline of 1 s exceeded")
+        assert time.monotonic() - start < 2.5
+
+
+def test_loading_a_library_does_not_count_and_what_follows_does():
+    with VerifierPool(1, 0.5, checker=ON_DEMAND) as pool:
+        loaded, slow = pool.verify([VerifyItem(0, "load 2 0", "1"), VerifyItem(1, "load 0.1 60", "1")])
+    assert loaded.verdict is Verdict.WRONG
+    assert (slow.verdict, slow.reason) == (Verdict.UNKNOWN, "deadline of 0.5 s exceeded")
+
+
+def test_the_rules_load_sympy_with_the_clock_stopped():
+    script = (
+        "import contextlib, sys\nfrom megatron_oreal.verifier import symbolic, untimed\n"
+        "@contextlib.contextmanager\ndef around():\n"
+        "    before = 'sympy' in sys.modules\n    yield\n    print(before, 'math_verify' in sys.modules)\n"
+        "untimed.set_untimed(around)\nassert symbolic.read('\\\\int_0^1 x dx') is not None"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["False", "True"], "")
+
+
+def test_a_worker_that_could_not_import_something_is_not_used_again():
+    with VerifierPool(1, 20, checker=ON_DEMAND) as pool:
+        pool.verify([VerifyItem("start", "", "1")])
+        before = pool.worker_pids
+        bad, *others = pool.verify([VerifyItem("bad", "import", "1"), *(VerifyItem(i, "", "1") for i in range(5))])
+        assert bad.reason.startswith("checker failed: ImportError: cannot import name 'x'")
+        assert {judgement.verdict for judgement in others} == {Verdict.WRONG}
+        assert not set(before) & set(pool.worker_pids)
+
+
+def test_the_least_memory_that_the_config_allows_has_room_for_sympy():
+    with VerifierPool(1, 60, memory_limit_mb=256) as pool:
+        (judgement,) = pool.verify([VerifyItem(0, "\\boxed{\\int_0^1 x\\,dx}", "\\int_0^1 y\\,dy")])
+    assert judgement.verdict is Verdict.CORRECT
 
 
 def test_a_worker_killed_in_the_middle_costs_only_its_item():

@@ -132,6 +132,12 @@ def test_a_judge_decides_what_the_rules_do_not(capsys):
         (["--gold", "5", "--response", "5", "--hosts", "a:1", "http://a:1/"], "http://a:1/v1 is there twice"),
         (["--gold", "5", "--response", "5", "--checker", "nothing"], "'nothing' is not of the form module:function"),
         (["--gold", "5", "--response", "5", "--checker", "absent_x:f"], "cannot be loaded by the workers: ModuleNotF"),
+        (["--gold", "5", "--response", "5", "--cache", "c"], "--cache 'c' keeps the judge's verdicts, and there"),
+        (["--gold", "5", "--response", "5", "--set", "deadline_s=1e30"], "deadline_s='1e30': input should be less"),
+        (["--gold", "5", "--response", "5", "--set", "deadline_s=.inf"], "verifier.deadline_s=inf: input should be"),
+        (["--gold", "5", "--response", "5", "--set", "judge.timeout_s=1e30"], "timeout_s='1e30': input should be less"),
+        (["--gold", "5", "--response", "5", "--set", "memory_limit_mb=60"], "memory_limit_mb=60: input should be gr"),
+        (["--gold", "5", "--response", "5", "--set", f"memory_limit_mb={10**20}"], "input should be less than"),
         (["--gold", "5", "--response", "5", "--hosts", "127.0.0.1:1", "--set", *FAST], "none of the 1 judge hosts"),
     ],
 )  # fmt: skip
@@ -231,6 +237,35 @@ def test_the_output_is_never_half_written(capsys, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hang.jsonl", "in.jsonl"]
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_next_and_two_at_once_are_noticed(capsys, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [{"gold_answer": "5", "response": f"\\boxed{{6}}{END}"}])
+    out = tmp_path / "out.jsonl"
+    with JudgeServer(servers.in_turn(servers.always("CORRECT"), servers.hang)) as server:
+        command = [sys.executable, "-m", "megatron_oreal", "verify", "--file", source, "--out", out]
+        process = subprocess.Popen(
+            [*map(str, command), "--hosts", server.host, "--set", "judge.cache=null"], stderr=subprocess.DEVNULL
+        )
+        try:
+            end = time.monotonic() + 60
+            while len(server.payloads) < 2 and time.monotonic() < end:
+                time.sleep(0.02)
+            assert "is being written by another process" in refused(capsys, "--file", source, "--out", out)
+        finally:
+            process.kill()
+            process.wait()
+    assert len(list(tmp_path.iterdir())) == 2
+    in_process(capsys, "--file", source, "--out", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert len(rows_of(out)) == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(capsys, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + json.dumps({"gold_answer": "5", "response": f"\\boxed{{5}}{END}"}).encode())
+    in_process(capsys, "--file", source, "--out", tmp_path / "out.jsonl")
+    assert [row["verdict"] for row in rows_of(tmp_path / "out.jsonl")] == ["correct"]
 
 
 def test_the_output_must_be_a_regular_file(capsys, tmp_path):

@@ -1,7 +1,7 @@
 """The judge: a language model behind one or more servers, asked from a thread of its own.
 
-It decides what the rules do not call correct. A failure of any kind is *unknown* with its reason, never *wrong*, and
-comes within ``verifier.judge.deadline_s`` of the submission.
+It decides what the rules do not call correct, unless the answer speaks to it (``judge_screen``). A failure of any kind
+is *unknown* with its reason, never *wrong*, and comes within ``verifier.judge.deadline_s`` of the submission.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_oreal.verifier.judge_cache import JudgeCache, cache_key
 from megatron_oreal.verifier.judge_client import JudgeClient, JudgeError
 from megatron_oreal.verifier.judge_hosts import Host
 from megatron_oreal.verifier.judge_prompt import Case, make_case
+from megatron_oreal.verifier.judge_screen import speaks_to_the_judge
 from megatron_oreal.verifier.judge_stats import VOTES, JudgeStats, StatsBox
 from megatron_oreal.verifier.verdict import Judgement, Verdict
 
@@ -137,7 +139,12 @@ class Judge:
         try:
             judge, words = self._config.judge, self._config.thinking_finish_words
             case = make_case(question, gold, response, words, self._stop_words, judge.max_answer_chars)
-            judgement = rules if case is None else await self._decide(case, rules, deadline)
+            spoken = speaks_to_the_judge(case) if case is not None and judge.screen_answers else None
+            if spoken is not None:
+                self._stats.add("withheld")
+                judgement = replace(rules, reason=f"{rules.reason}; not sent: speaks to the judge ({spoken})")
+            else:
+                judgement = rules if case is None else await self._decide(case, rules, deadline)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # a defect of ours costs a verdict, never the item
@@ -167,11 +174,9 @@ class Judge:
         votes = self._config.judge.votes
         verdict = self._cached(case)
         if verdict is not None:
-            self._stats.add("cache_hits")
-            return Judgement(verdict, f"{_FOUND[verdict]} (cached)")
+            return self._from_cache(verdict)
         asked = [self._loop.create_task(self._vote(case, deadline)) for _ in range(votes)]
         counts: Counter[Verdict] = Counter()
-        model = ""
         errors: list[JudgeError] = []
         try:
             for vote in asyncio.as_completed(asked):
@@ -180,6 +185,8 @@ class Judge:
                 except JudgeError as error:
                     errors.append(error)
                     continue
+                if model is None:
+                    return self._from_cache(verdict)
                 counts[verdict] += 1
                 if counts[verdict] > votes // 2:
                     self._store(case, model, verdict)
@@ -193,11 +200,17 @@ class Judge:
         tally = f"{counts[Verdict.CORRECT]} correct, {counts[Verdict.WRONG]} wrong, {len(errors)} without a verdict"
         return Judgement(Verdict.UNKNOWN, f"{VOTES}: no majority of {votes} ({tally}: {errors[0]})")
 
-    async def _vote(self, case: Case, deadline: float) -> tuple[Verdict, str]:
+    def _from_cache(self, verdict: Verdict) -> Judgement:
+        self._stats.add("cache_hits")
+        return Judgement(verdict, f"{_FOUND[verdict]} (cached)")
+
+    async def _vote(self, case: Case, deadline: float) -> tuple[Verdict, str | None]:
         """Ask once. The client keeps to the deadline by itself; this holds whatever a server does to it."""
         try:
             left = max(0.0, deadline - time.monotonic())
-            return await asyncio.wait_for(self._client.ask(case, deadline), left + _MARGIN_S)
+            return await asyncio.wait_for(
+                self._client.ask(case, deadline, lambda: self._cached(case)), left + _MARGIN_S
+            )
         except TimeoutError:
             raise self._client.out_of_time() from None
 

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -29,6 +30,7 @@ from megatron_oreal.verifier.judge_prompt import (
 from megatron_oreal.verifier.judge_stats import DEADLINE, REFUSED, REPLY, UNREACHABLE, StatsBox
 from megatron_oreal.verifier.verdict import Verdict
 
+Known = Callable[[], Verdict | None]
 MAX_BODY_BYTES = 1 << 18
 
 # response_format: OpenAI, SGLang, vLLM, lmdeploy, ollama >= 0.5. regex: SGLang; guided_regex: vLLM < 0.12;
@@ -112,32 +114,40 @@ class JudgeClient:
         self.pool.close()
         await self._session.close()
 
-    async def ask(self, case: Case, deadline: float) -> tuple[Verdict, str]:
-        """Return a verdict and its model. Raises ``JudgeError``; ``deadline`` is a ``time.monotonic()``."""
+    async def ask(self, case: Case, deadline: float, known: Known = lambda: None) -> tuple[Verdict, str | None]:
+        """Return a verdict and its model. Raises ``JudgeError``; ``deadline`` is a ``time.monotonic()``.
+
+        ``known`` is asked before every request, since another process may have found the verdict while this one
+        waited; the model is None for what it knows.
+        """
         avoid: set[str] = set()
         attempts = 0
         while True:
-            host = await self.pool.acquire(deadline, avoid)
-            if host is None:
+            slot = await self.pool.acquire(deadline, avoid)
+            if slot is None:
                 raise self.out_of_time()
+            host, number = slot.host, slot.number
             try:
+                found = known()
+                if found is not None:
+                    return found, None
                 verdict = await self._exchange(host, case, deadline)
-                host.succeeded()
+                host.succeeded(number)
                 return verdict, host.model or ""
             except _LimitedError as error:
-                host.limited(str(error), error.seconds)
+                host.limited(number, str(error), error.seconds)
                 continue
             except JudgeError as error:
                 if error.by_host:
-                    host.failed(error.detail)
+                    host.failed(number, error.detail)
                 else:
-                    host.succeeded()
+                    host.succeeded(number)
                 avoid.add(host.url)
                 attempts += 1
                 if attempts > self._judge.max_retries or time.monotonic() >= deadline:
                     raise JudgeError(error.cause, f"{host.url}: {error.detail}", by_host=error.by_host) from None
             finally:
-                self.pool.release(host)
+                self.pool.release(slot)
             self._stats.add("retries")
             pause = pause_s(self._judge.retry_delay_s, attempts - 1)
             await asyncio.sleep(min(pause, max(0.0, deadline - time.monotonic())))

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import email.utils
 import os
 import random
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC
 from urllib.parse import urlsplit
 
 from megatron_oreal.config import VerifierConfig
 from megatron_oreal.errors import UserError
 
-FAILURES_TO_OPEN = 3
-"""Failures in a row after which a host is left alone for a while."""
+FAILURES_TO_OPEN = 4
+"""Failures of requests sent one after another that open a host: at one bad reply in five, 1 request in 600."""
+MAX_FIRST_PAUSE_S = 2.0
 MAX_PAUSE_S = 30.0
+_MOST_HEARD = 256
+DECREASE = 0.7
+"""What a 429 leaves of the requests a host gets at once."""
 MAX_RETRY_AFTER_S = 120.0
 
 
@@ -106,69 +111,162 @@ def pause_s(base: float, failures: int) -> float:
 
 @dataclass(slots=True)
 class Host:
-    """One server. ``mode``: the index of the first request form that it has not refused."""
+    """One server. ``limit``: the requests it may have at most; ``mode``: the first request form it has not refused.
+
+    Requests are numbered as they are sent. The host is *open*, that is left alone, after ``FAILURES_TO_OPEN`` failures
+    of requests sent one after another, then *half open*: it gets one request at a time until it answers. What becomes
+    of requests that were on their way when it was opened, or when ``allowed`` was lowered, says nothing new and does
+    neither again: one outage is one opening, however many requests it meets.
+    """
 
     url: str
     limit: int
     delay_s: float
-    in_flight: int = 0
-    failures: int = 0
-    rate_limits: int = 0
     closed_until: float = 0.0
     model: str | None = None
     mode: int = 0
     last_error: str = ""
+    allowed: float = field(init=False)
+    openings: int = 0
+    limits: int = 0
+    sent: int = 0
+    _probes: int = 0
+    _opened_at: int = 0
+    _lowered_at: int = 0
+    _out: set[int] = field(default_factory=set)
+    _heard: list[tuple[int, bool]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.allowed = float(self.limit)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests on their way."""
+        return len(self._out)
 
     @property
     def is_healthy(self) -> bool:
-        """False from the third failure in a row to the next success."""
-        return self.failures < FAILURES_TO_OPEN
+        """False from an opening to the next success."""
+        return self.openings == 0
 
     def can_take(self, now: float) -> bool:
-        """True when a request may be sent; a host that has failed gets one at a time until it answers."""
-        return now >= self.closed_until and self.in_flight < (self.limit if self.is_healthy else 1)
+        """True when a request may be sent; a host that was left alone gets one at a time until it answers."""
+        if now < self.closed_until:
+            return False
+        return self.in_flight < int(self.allowed) if self.is_healthy else self._probes < 1
 
-    def succeeded(self) -> None:
-        """Forget former failures."""
-        self.failures = self.rate_limits = 0
-        self.last_error = ""
+    def take(self) -> Slot:
+        """Count a request that is about to be sent."""
+        self._probes += 1
+        self.sent += 1
+        self._out.add(self.sent)
+        return Slot(self, self.sent)
 
-    def failed(self, error: str) -> None:
-        """Count a failure; from the third in a row on the host is left alone, longer every time."""
-        self.failures += 1
+    def give_back(self, number: int) -> None:
+        """End a request."""
+        self._out.discard(number)
+        if number > self._opened_at:
+            self._probes -= 1
+
+    def succeeded(self, number: int) -> None:
+        """Note a reply: closes an opening that came before the request, and raises ``allowed`` by one a round."""
+        self._note(number, True)
+        if number > self._lowered_at:
+            self.limits = 0
+            self.allowed = min(float(self.limit), self.allowed + 1 / self.allowed)
+        if number > self._opened_at:
+            self.openings = 0
+            self.last_error = ""
+
+    def failed(self, number: int, error: str) -> None:
+        """Note a failure: after several in the order of sending, or of a probe, the host is left alone."""
+        if number <= self._opened_at:
+            return
+        self._note(number, False)
         self.last_error = error
-        if not self.is_healthy:
-            pause = pause_s(2 * self.delay_s, self.failures - FAILURES_TO_OPEN)
-            self.closed_until = max(self.closed_until, time.monotonic() + pause)
+        if self.is_healthy and self._failures_around(number) < FAILURES_TO_OPEN:
+            return
+        self._close_for(pause_s(min(2 * self.delay_s, MAX_FIRST_PAUSE_S), self.openings))
+        self.openings += 1
+        self._opened_at, self._probes = self.sent, 0
+        self._heard.clear()
 
-    def limited(self, error: str, seconds: float | None) -> None:
-        """Leave the host alone for as long as it asks, or longer every time when it does not say."""
-        self.rate_limits += 1
+    def limited(self, number: int, error: str, seconds: float | None) -> None:
+        """Note a 429: fewer requests at once from now on, and none for as long as the host asks.
+
+        A host that does not say is paused only from the second 429 without a success between, longer every time.
+        """
         self.last_error = error
-        pause = pause_s(self.delay_s, self.rate_limits) if seconds is None else seconds + random.uniform(0, 0.1)
-        self.closed_until = max(self.closed_until, time.monotonic() + pause)
+        if seconds is not None:
+            self._close_for(seconds + random.uniform(0, 0.1))
+        if number <= self._lowered_at:
+            return
+        self.limits += 1
+        self.allowed = max(1.0, DECREASE * min(self.allowed, self.in_flight))
+        self._lowered_at = self.sent
+        if seconds is None and self.limits > 1:
+            self._close_for(pause_s(self.delay_s, self.limits - 2))
+
+    def _note(self, number: int, success: bool) -> None:
+        bisect.insort(self._heard, (number, success))
+        del self._heard[:-_MOST_HEARD]
+        self._out.discard(number)
+
+    def _failures_around(self, number: int) -> int:
+        """Failures in a row, by the time of sending, that ``number`` is one of.
+
+        A request that is still out ends the row: failures are often quicker than replies, so among what has been heard
+        lately there are too many of them.
+        """
+        at = bisect.bisect_left(self._heard, (number, False))
+        count = 1
+        for step in (-1, 1):
+            index, last = at + step, number
+            while 0 <= index < len(self._heard) and not self._heard[index][1]:
+                if any(between in self._out for between in range(last + step, self._heard[index][0], step)):
+                    break
+                last = self._heard[index][0]
+                index, count = index + step, count + 1
+        return count
+
+    def _close_for(self, seconds: float) -> None:
+        self.closed_until = max(self.closed_until, time.monotonic() + seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The right to send one request to a host; ``number`` orders the requests of a host by the time of sending."""
+
+    host: Host
+    number: int
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    future: asyncio.Future[Host]
+    future: asyncio.Future[Slot]
     avoid: Collection[str]
+    late_at: float
 
 
 class HostPool:
-    """Hands out requests to hosts, first come, first served; for one event loop."""
+    """Hands out requests to hosts; for one event loop.
+
+    Whoever waits is served in random order, so that processes with the same cases do not ask the same ones at the
+    same time and find each other's verdicts in the cache; who has waited for half its time comes first.
+    """
 
     def __init__(self, urls: Sequence[str], limit: int, delay_s: float) -> None:
         self.hosts = [Host(url, limit, delay_s) for url in urls]
         self._waiters: deque[_Waiter] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def acquire(self, deadline: float, avoid: Collection[str] = ()) -> Host | None:
+    async def acquire(self, deadline: float, avoid: Collection[str] = ()) -> Slot | None:
         """Wait for a host that takes a request, rather one not in ``avoid``; None when ``deadline`` comes first.
 
-        ``deadline`` is a ``time.monotonic()``. Every host that is returned must be released.
+        ``deadline`` is a ``time.monotonic()``. Every slot that is returned must be released.
         """
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid)
+        late_at = (time.monotonic() + deadline) / 2
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid, late_at)
         self._waiters.append(waiter)
         self._dispatch()
         try:
@@ -181,9 +279,9 @@ class HostPool:
         self._abandon(waiter)
         return None
 
-    def release(self, host: Host) -> None:
+    def release(self, slot: Slot) -> None:
         """End a request."""
-        host.in_flight -= 1
+        slot.host.give_back(slot.number)
         self._dispatch()
 
     def close(self) -> None:
@@ -204,17 +302,18 @@ class HostPool:
     def _dispatch(self) -> None:
         now = time.monotonic()
         while self._waiters:
-            waiter = self._waiters[0]
-            if waiter.future.cancelled():
-                self._waiters.popleft()
-                continue
             able = [host for host in self.hosts if host.can_take(now)]
             if not able:
                 break
-            host = min(able, key=lambda host: (host.url in waiter.avoid, host.in_flight / host.limit, random.random()))
-            self._waiters.popleft()
-            host.in_flight += 1
-            waiter.future.set_result(host)
+            index = 0 if self._waiters[0].late_at <= now else random.randrange(len(self._waiters))
+            waiter = self._waiters[index]
+            del self._waiters[index]
+            if waiter.future.cancelled():
+                continue
+            host = min(
+                able, key=lambda host: (host.url in waiter.avoid, host.in_flight / host.allowed, random.random())
+            )
+            waiter.future.set_result(host.take())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

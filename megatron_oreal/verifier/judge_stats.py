@@ -21,13 +21,15 @@ CAUSES = (DEADLINE, UNREACHABLE, REFUSED, REPLY, VOTES)
 class JudgeStats:
     """Counts since they were last taken. ``requests``: chat completions sent; ``latencies``: seconds of those answered.
 
-    ``shared``: responses that took the verdict of an equal case in flight. ``unknown``: by cause.
+    ``shared``: responses that took the verdict of an equal case in flight. ``withheld``: answers that speak to the
+    judge and were not sent. ``unknown``: by cause.
     """
 
     requests: int = 0
     retries: int = 0
     cache_hits: int = 0
     shared: int = 0
+    withheld: int = 0
     latencies: list[float] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
 
@@ -38,6 +40,7 @@ class JudgeStats:
             self.retries + other.retries,
             self.cache_hits + other.cache_hits,
             self.shared + other.shared,
+            self.withheld + other.withheld,
             self.latencies + other.latencies,
             self.unknown + other.unknown,
         )

@@ -29,7 +29,8 @@ RULES = "megatron_oreal.verifier.rules:judge_response"
 MAX_BATCH_ITEMS = 16
 MAX_BATCH_CHARS = 500_000
 MAX_FAILED_STARTS = 3
-_GRACE_S = 2.0
+_GRACE_S = 0.75
+"""Beyond an item's deadline, for the worker's own timer: no worker outlives a deadline by a second."""
 _START_S = 120.0
 
 
@@ -51,6 +52,7 @@ class _Worker:
     stderr: IO[bytes]
     since: float
     ready: bool = False
+    overdue: bool = False
     items: deque[worker_module.Item] = field(default_factory=deque)
 
 
@@ -250,6 +252,7 @@ class VerifierPool:
                 self._replace(worker)
         for worker in list(self._workers):
             if self._overdue(worker) <= 0:
+                worker.overdue = worker.ready
                 worker.process.kill()
                 self._replace(worker)
         self._assign()
@@ -282,6 +285,9 @@ class VerifierPool:
 
     def _receive(self, worker: _Worker, message: Any) -> None:
         worker.since = time.monotonic()
+        if message == worker_module.LOADING:
+            worker.ready = False
+            return
         if message == worker_module.READY:
             worker.ready = True
             self._failed_starts = 0
@@ -300,7 +306,9 @@ class VerifierPool:
         self._workers.remove(worker)
         if worker.items and status != worker_module.RECYCLED:
             seconds = time.monotonic() - worker.since
-            self._finish(worker.items.popleft()[0], Judgement(Verdict.UNKNOWN, self._cause(status), seconds=seconds))
+            self._finish(
+                worker.items.popleft()[0], Judgement(Verdict.UNKNOWN, self._cause(worker, status), seconds=seconds)
+            )
         self._waiting.extendleft(reversed(worker.items))
         if not worker.ready:
             self._failed_starts += 1
@@ -315,8 +323,8 @@ class VerifierPool:
         worker.stderr.close()
         self._workers.append(self._start())
 
-    def _cause(self, status: int) -> str:
-        if status == -signal.SIGALRM:
+    def _cause(self, worker: _Worker, status: int) -> str:
+        if status == -signal.SIGALRM or worker.overdue:
             return f"deadline of {self.deadline_s:g} s exceeded"
         if status < 0:
             return f"worker killed by {signal.Signals(-status).name}"

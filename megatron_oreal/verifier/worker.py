@@ -9,6 +9,7 @@ deadline, and a watcher ends it when the parent is gone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import os
@@ -17,13 +18,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_oreal.verifier.untimed import set_untimed
 from megatron_oreal.verifier.verdict import Judgement, Verdict
 
 READY = "ready"
+LOADING = "loading"
+"""Sent before a library is loaded inside an item, with the clock stopped; ``READY`` follows."""
 RECYCLED = 75
 """Exit status of a worker that ends between two items: none of them is to blame."""
 _PARENT_POLL_S = 0.5
@@ -64,6 +68,8 @@ def judge(checker: Checker, item: Item, words: Words) -> tuple[Judgement, bool]:
         return _as_judgement(checker(text, stopped, gold, *words, question=question)), True
     except MemoryError:
         return Judgement(Verdict.UNKNOWN, "memory limit of the worker exceeded"), False
+    except ImportError as error:  # what is half imported would fail every item behind this one
+        return Judgement(Verdict.UNKNOWN, f"checker failed: {type(error).__name__}: {error}"[:300]), False
     except RecursionError:
         return Judgement(Verdict.UNKNOWN, "nested too deeply"), True
     except Exception as error:
@@ -82,6 +88,7 @@ def _as_judgement(result: Judgement | bool | None) -> Judgement:
 
 def serve(connection: Connection, checker: Checker, deadline_s: float, words: Words) -> None:
     """Answer batches until the other end closes."""
+    set_untimed(lambda: _stopped_clock(connection))
     connection.send(READY)
     while True:
         try:
@@ -103,6 +110,18 @@ def serve(connection: Connection, checker: Checker, deadline_s: float, words: Wo
             connection.send(message)
             if not reusable:
                 sys.exit(RECYCLED)
+
+
+@contextlib.contextmanager
+def _stopped_clock(connection: Connection) -> Iterator[None]:
+    """Give an item the rest of its time after what runs inside; the pool allows that the time of a start."""
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    connection.send(LOADING)
+    try:
+        yield
+    finally:
+        connection.send(READY)
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def _end_with_parent(parent: int) -> None:
