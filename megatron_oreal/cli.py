@@ -1,4 +1,4 @@
-"""``megatron-oreal``: train | sft | eval | report.
+"""``megatron-oreal``: train | sft | eval | verify | env | report.
 
 ``megatron-oreal train CONFIG --nproc-per-node 8`` starts the ranks itself; ``torchrun ... -m megatron_oreal train
 CONFIG`` works as well.
@@ -18,13 +18,18 @@ from megatron_oreal.config import Config
 from megatron_oreal.config_load import dump_config, load_config
 from megatron_oreal.errors import UserError
 from megatron_oreal.launch import Nodes, launch
+from megatron_oreal.verify import add_arguments as add_verify_arguments
+from megatron_oreal.verify import verify
 
 # Between a rank's last line and the end of its process lie seconds on a busy machine.
 _FIRST_RANK_SPEAKS_S = 30.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 after one line on standard error for a user's mistake."""
+    """Run a command; returns the exit status: 0, or 2 after one line on standard error for a user's mistake.
+
+    1 when engines cannot go on.
+    """
     arguments = _parse(argv)
     try:
         return arguments.run(arguments)
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _refuse(error: UserError) -> int:
+def _refuse(error: Exception, status: int = 2) -> int:
     """Say the mistake once a node. Nearly always all ranks see it, and the launcher ends them when one has exited.
 
     So the others let the first rank of their node speak and exit; what that one has not seen is said after a while.
@@ -44,14 +49,14 @@ def _refuse(error: UserError) -> int:
         time.sleep(_FIRST_RANK_SPEAKS_S)
         who = f"rank {os.environ.get('RANK')}: "
     print(f"error: {who}{error}", file=sys.stderr, flush=True)
-    return 2
+    return status
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may stand before and after options; argparse by itself leaves those behind an option over."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (arguments.command == "report" or any(text.startswith("-") for text in rest)):
+    if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
@@ -78,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         ranks.add_argument("--master-port", type=int, default=29500)
         command.add_argument("--print-config", action="store_true", help="print the effective config and stop")
         command.set_defaults(run=_with_config)
+    check = commands.add_parser("verify", help="verdict on one answer, or on a file of them")
+    add_verify_arguments(check)
+    check.set_defaults(run=verify)
+    environment = commands.add_parser("env", help="which accelerated parts this machine uses, and what replaces others")
+    environment.add_argument("--json", action="store_true", help="as one JSON object")
+    environment.set_defaults(run=_env)
     report = commands.add_parser("report", help="summary and report.png of a work_dir")
     report.add_argument("work_dir")
     report.set_defaults(run=_report)
@@ -93,18 +104,23 @@ def _with_config(arguments: argparse.Namespace) -> int:
         return _launch(arguments, config)
     _quieten()
     # Imported here: Megatron takes seconds, and a mistake in the config should not.
-    if arguments.command == "train":
-        from megatron_oreal.train import train
+    from megatron_oreal.rollout.engine import EngineError
 
-        train(config)
-    elif arguments.command == "sft":
-        from megatron_oreal.sft import supervise
+    try:
+        if arguments.command == "train":
+            from megatron_oreal.train import train
 
-        supervise(config)
-    else:
-        from megatron_oreal.evaluate import evaluate_model
+            train(config)
+        elif arguments.command == "sft":
+            from megatron_oreal.sft import supervise
 
-        evaluate_model(config)
+            supervise(config)
+        else:
+            from megatron_oreal.evaluate import evaluate_model
+
+            evaluate_model(config)
+    except EngineError as error:  # its words say what was waited for and what the server said last
+        return _refuse(error, status=1)
     return 0
 
 
@@ -124,8 +140,16 @@ def _launch(arguments: argparse.Namespace, config: Config) -> int:
     from megatron_oreal.config_check import check_config
     from megatron_oreal.layout.model_spec import load_model_spec
 
-    check_config(config, load_model_spec(config.model.path), nodes.world_size)
+    check_config(config, load_model_spec(config.model.path), nodes.world_size, nodes.nproc_per_node)
     return launch([arguments.command, arguments.config, *arguments.overrides], nodes)
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from megatron_oreal.accelerators import survey
+
+    found = survey()
+    print(found.as_json() if arguments.json else found.as_text())
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -10,12 +10,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 
 
 class Section(BaseModel):
@@ -28,6 +38,9 @@ class ModelConfig(Section):
     """Which model is trained, and in what precision."""
 
     path: str = Field(description="Hugging Face model directory: the initial policy, and the reward model's backbone")
+    megatron_checkpoint: str | None = Field(
+        None, description="dist_checkpointing directory that the initial weights come from; null: from path"
+    )
     reference_path: str | None = Field(None, description="frozen reference model; null: the initial policy")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="parameters and activations; gradients are always fp32")
     reward_model: bool = Field(True, description="train a token-level reward model; false: all token weights are 1")
@@ -49,10 +62,30 @@ class DataConfig(Section):
     max_prompt_tokens: PositiveInt | None = Field(None, description="longer prompts are dropped, with a count")
 
 
+class ServerConfig(Section):
+    """SGLang servers, and the dispatcher that spreads a step's requests over them. Times are in seconds."""
+
+    host: str = Field("127.0.0.1", description="address that a server listens on and is reached at")
+    requests_per_server: PositiveInt = Field(512, description="requests at a server at a time, waiting ones included")
+    start_timeout_s: PositiveFloat = Field(600.0, description="from a server's start to its first token")
+    control_timeout_s: PositiveFloat = Field(300.0, description="one call that pauses, loads, releases or resumes")
+    step_deadline_s: PositiveFloat = Field(7200.0, description="all responses of a step")
+    request_timeout_s: PositiveFloat = Field(3600.0, description="one response; past it: another attempt")
+    max_attempts: PositiveInt = Field(4, description="attempts of one request, on another server when there is one")
+    retry_delay_s: PositiveFloat = Field(0.5, description="pause before a second attempt; doubles, with jitter")
+    health_interval_s: PositiveFloat = Field(10.0, description="between looks at a server that generates")
+    health_timeout_s: PositiveFloat = Field(30.0, description="a server that has not answered by then counts as hung")
+    recover_timeout_s: PositiveFloat = Field(900.0, description="the run stops when no server answers for so long")
+    max_restarts: NonNegativeInt = Field(3, description="times a server that failed is started again, in a run")
+
+
 class RolloutConfig(Section):
     """How responses are sampled, and by which engine."""
 
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
+    engine_tp: PositiveInt = Field(1, description="neighbouring ranks of a node that share one SGLang server")
+    sglang: dict[str, Any] = Field({}, description="SGLang's server arguments by its own names")
+    server: ServerConfig = ServerConfig()
     prompts_per_step: PositiveInt = 64
     prompt_repeat_k: Annotated[int, Field(ge=2)] = 16
     temperature: PositiveFloat = 1.0
@@ -60,17 +93,75 @@ class RolloutConfig(Section):
     top_k: NonNegativeInt = 0
     gen_max_new: PositiveInt = 14000
     gen_max_length: PositiveInt = 16384
-    max_running_requests: PositiveInt = Field(256, description="slots of the embedded engine, a rank")
+    max_running_requests: PositiveInt = Field(256, description="requests that an engine runs together")
+    verify_weights: bool = Field(True, description="compare digests of trainer and engine weights at every publish")
+    oversample_prompts: NonNegativeInt = Field(
+        0, description="further prompts a step; drawing ends with the first prompts_per_step that are complete"
+    )
+    max_logp_difference: PositiveFloat | None = Field(
+        0.2, description="nats; a larger mean |engine logp - trainer logp| of a step stops the run; null: never"
+    )
+
+
+class JudgeConfig(Section):
+    """The language model behind ``verifier.hosts``; it judges what the rules do not call correct."""
+
+    model: str | None = Field(None, description="model name in requests; null: the first one that /v1/models lists")
+    api_key_env: str | None = Field(None, description="environment variable with the API key; null: none is sent")
+    connect_timeout_s: Seconds = Field(5.0, description="to open a connection")
+    timeout_s: Seconds = Field(60.0, description="one request, from its first byte to the last of the reply")
+    deadline_s: Seconds = Field(300.0, description="one response: queue, retries and votes; past it: unknown")
+    max_retries: NonNegativeInt = Field(4, description="further requests, on another host when there is one")
+    retry_delay_s: Seconds = Field(0.5, description="first pause before a retry; doubles, with jitter, to 30 s")
+    concurrency_per_host: PositiveInt | None = Field(
+        None, description="requests in flight a host and rank; null: verifier.concurrency_per_proc shared by the hosts"
+    )
+    votes: PositiveInt = Field(1, description="odd; the majority of that many requests decides, no majority is unknown")
+    temperature: NonNegativeFloat = Field(0.0, description="above 0 makes votes differ")
+    max_tokens: PositiveInt = Field(64, description="of a reply, thinking included")
+    thinking: bool = Field(False, description="true: let a thinking model think; give it max_tokens of 1024 or more")
+    constrained: Literal["auto", "json_schema", "regex", "none"] = Field(
+        "auto", description="constrained output; auto: what a host accepts, json_schema first"
+    )
+    max_answer_chars: PositiveInt = Field(2000, description="the last characters of an answer, which the judge sees")
+    screen_answers: bool = Field(True, description="an answer that speaks to the judge is not sent; the rules decide")
+    cache: str | None = Field("judge_cache.txt", description="file of verdicts, within work_dir; null: none")
+
+
+def _stage_sizes(value: Any) -> Any:
+    """The released code's rule: a single number is shared by the two stages of a process."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return max(1, value // 2), max(1, value - value // 2)
+    return value
 
 
 class VerifierConfig(Section):
-    """Rule checker and its worker processes."""
+    """Rules in processes, then the judge when there are ``hosts``. The released code's names where it has any."""
 
+    hosts: list[str] = Field([], description="the judge's OpenAI-compatible servers, host:port or URL; empty: no judge")
+    stop_word: str | None = Field(None, description="null: model.stop_word, and nothing else may stand here")
     thinking_finish_words: list[str] = ["<conclude>", "**Final Answer**", "</think>"]
     num_processes: PositiveInt = Field(2, description="worker processes a rank")
-    deadline_s: PositiveFloat = Field(10.0, description="seconds one item may take before its worker is replaced")
-    memory_limit_mb: PositiveInt = Field(1024, description="address space of a worker")
-    max_unknown_share: Fraction = Field(0.5, description="a step with a larger share of unknown verdicts stops the run")
+    concurrency_per_proc: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_stage_sizes)] = Field(
+        (8, 8), description="num_processes x the first number = requests in flight to the judge, a rank"
+    )
+    deadline_s: Seconds = Field(10.0, description="seconds one item may take before its worker is replaced")
+    memory_limit_mb: Annotated[int, Field(ge=256, le=1_048_576)] = Field(1024, description="address space of a worker")
+    max_unknown_share: Fraction = Field(
+        0.2,
+        description="a step or evaluation with a larger share of unknown verdicts stops: they are no random sample, "
+        "since what fails is what is long or odd",
+    )
+    checker: str = Field(
+        "megatron_oreal.verifier.rules:judge_response", description="module:function that checks in the rules' place"
+    )
+    judge: JudgeConfig = JudgeConfig()
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _no_null_section(cls, value: Any) -> Any:
+        """An empty section in YAML reads as None; it means the defaults."""
+        return {} if value is None else value
 
 
 class AlgorithmConfig(Section):
@@ -115,15 +206,27 @@ class ParallelConfig(Section):
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = Field(None, description="model chunks a pipeline stage")
+    num_layers_in_first_pipeline_stage: PositiveInt | None = Field(
+        None, description="layers on the first stage; null: as many as on the others"
+    )
+    num_layers_in_last_pipeline_stage: PositiveInt | None = Field(
+        None, description="layers on the last stage; null: as many as on the others"
+    )
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     max_tokens_per_microbatch: PositiveInt = Field(
         16384, description="packed tokens, prompt and response, a micro-batch"
     )
+    loss_chunk_tokens: NonNegativeInt = Field(
+        0, description="response tokens whose logits live at once, 2048 or more; 0: as many as fit in 4 GiB"
+    )
     make_vocab_size_divisible_by: PositiveInt = Field(1, description="padding of the vocabulary, before times TP")
     transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(
         "auto", description="auto: TransformerEngine on a GPU where it is installed, else torch-native modules"
+    )
+    offload: list[Literal["optimizer", "reward_model", "reference", "policy"]] = Field(
+        [], description="parts of the actor that wait in host memory while they are not in use"
     )
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None

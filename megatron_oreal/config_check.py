@@ -4,22 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from megatron_oreal.config import Config
 from megatron_oreal.errors import UserError
+from megatron_oreal.layout.engines import sglang_layout
+from megatron_oreal.layout.megatron import pipeline_layer_split
+from megatron_oreal.layout.megatron_checkpoint import is_megatron_checkpoint
 from megatron_oreal.layout.model_spec import ModelSpec
+from megatron_oreal.loss.chunked import LEAST_TOKENS
+from megatron_oreal.rollout.sglang.args import check_model, check_server_args
+from megatron_oreal.verifier.judge_hosts import judge_contradictions
 
 
-def check_config(config: Config, spec: ModelSpec, world_size: int) -> None:
-    """Raise ``UserError`` with the first contradiction between the config, the model and the number of ranks."""
-    for message in _contradictions(config, spec, world_size):
+def check_config(config: Config, spec: ModelSpec, world_size: int, ranks_per_node: int | None = None) -> None:
+    """Raise ``UserError`` with the first contradiction between the config, the model and the number of ranks.
+
+    ``ranks_per_node``: default all of them.
+    """
+    for message in _contradictions(config, spec, world_size, ranks_per_node or world_size):
         raise UserError(message)
 
 
-def _contradictions(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
+def _contradictions(config: Config, spec: ModelSpec, world_size: int, ranks_per_node: int) -> Iterator[str]:
+    yield from _weights(config)
     yield from _parallel(config, spec, world_size)
     yield from _lengths(config, spec)
     yield from _algorithm(config)
+    yield from _verifier(config)
+    yield from _engine(config, spec, ranks_per_node)
+
+
+def _weights(config: Config) -> Iterator[str]:
+    path = config.model.megatron_checkpoint
+    if path is not None and not is_megatron_checkpoint(path):
+        yield (
+            f"model.megatron_checkpoint={path!r} is not a dist_checkpointing directory: give one that "
+            "tools/checkpoint_convert/hf_to_megatron.py or Megatron-core has written, or null"
+        )
 
 
 def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
@@ -46,11 +70,19 @@ def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]
         yield f"parallel.virtual_pipeline_model_parallel_size={vpp} needs parallel.pipeline_model_parallel_size > 1"
     if vpp is not None and vpp < 2:
         yield f"parallel.virtual_pipeline_model_parallel_size={vpp}: use 2 or more, or null"
-    if spec.num_layers % (pp * (vpp or 1)):
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if first is not None or last is not None:
+        try:
+            pipeline_layer_split(spec, pp=pp, vpp=vpp, first=first, last=last)
+        except UserError as error:
+            yield f"parallel.{error}"
+    elif spec.num_layers % (pp * (vpp or 1)):
         yield (
             f"parallel.pipeline_model_parallel_size={pp} x virtual {vpp or 1} does not divide the model's "
             f"{spec.num_layers} layers{_divisors(spec.num_layers)}"
         )
+    if 0 < parallel.loss_chunk_tokens < LEAST_TOKENS:
+        yield f"parallel.loss_chunk_tokens={parallel.loss_chunk_tokens}: use {LEAST_TOKENS} or more, or 0"
     if parallel.recompute_granularity == "full" and parallel.recompute_method is None:
         yield "parallel.recompute_granularity=full needs parallel.recompute_method=uniform or block"
     if parallel.recompute_granularity != "full" and (parallel.recompute_method or parallel.recompute_num_layers):
@@ -86,6 +118,48 @@ def _lengths(config: Config, spec: ModelSpec) -> Iterator[str]:
             f"parallel.max_tokens_per_microbatch={config.parallel.max_tokens_per_microbatch}{multiple} is smaller than "
             f"rollout.gen_max_length={rollout.gen_max_length}, which one micro-batch must be able to hold: raise it"
         )
+
+
+def _verifier(config: Config) -> Iterator[str]:
+    if config.verifier.stop_word not in (None, config.model.stop_word):
+        yield (
+            f"verifier.stop_word={config.verifier.stop_word!r} is not model.stop_word={config.model.stop_word!r}, with "
+            "which responses end: set it to null"
+        )
+    deadline_s, limit_s = config.verifier.judge.deadline_s, config.parallel.distributed_timeout_s
+    if config.verifier.hosts and deadline_s >= limit_s:
+        yield (
+            f"verifier.judge.deadline_s={deadline_s:g} is not below parallel.distributed_timeout_s={limit_s}, the time "
+            "that other ranks wait: lower it, or raise that"
+        )
+    yield from judge_contradictions(config.verifier)
+
+
+def _engine(config: Config, spec: ModelSpec, ranks_per_node: int) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.engine == "embedded":
+        if rollout.engine_tp > 1:
+            yield f"rollout.engine_tp={rollout.engine_tp} needs rollout.engine=sglang: the embedded engine has one rank"
+        if rollout.sglang:
+            yield f"rollout.sglang has keys ({', '.join(rollout.sglang)}) but rollout.engine=embedded: set it to sglang"
+        if rollout.oversample_prompts:
+            yield (
+                f"rollout.oversample_prompts={rollout.oversample_prompts} needs rollout.engine=sglang: the embedded "
+                "engine gives no response up; set it to 0"
+            )
+        return
+    if ranks_per_node % rollout.engine_tp:
+        yield (
+            f"rollout.engine_tp={rollout.engine_tp} does not divide the {ranks_per_node} ranks of a node, which share "
+            f"its engines{_divisors(ranks_per_node)}"
+        )
+    device: Literal["cuda", "cpu"] = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    try:
+        check_server_args(rollout.sglang)
+        check_model(spec, torch.device(device), rollout.engine_tp)
+        sglang_layout(spec, tp=rollout.engine_tp, device=device)
+    except UserError as error:
+        yield str(error)
 
 
 def check_training_paths(config: Config) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_oreal.config import Config
+from megatron_oreal.config import Config, VerifierConfig
 from megatron_oreal.errors import UserError, nearest
 
 
@@ -30,6 +30,17 @@ def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {_explain(error)}") from None
+
+
+def parse_verifier(tree: dict[str, Any], overrides: Sequence[str] = ()) -> VerifierConfig:
+    """Validate a ``verifier`` section by itself; overrides name its keys, such as ``judge.timeout_s=9``."""
+    whole: dict[str, Any] = {"verifier": tree}
+    for override in overrides:
+        _apply_override(whole, f"verifier.{override}")
+    try:
+        return VerifierConfig.model_validate(whole["verifier"])
+    except ValidationError as error:
+        raise UserError(_explain(error, ["verifier"])) from None
 
 
 def dump_config(config: Config) -> str:
@@ -70,6 +81,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         dotted = ".".join(sections[: depth + 1])
         if section not in model.model_fields:
             raise UserError(f"unknown key {dotted!r}{nearest(section, model.model_fields)}")
+        if get_origin(model.model_fields[section].annotation) is dict and depth == len(sections) - 1:
+            free = node[section] = dict(node.get(section) or {})
+            free[leaf] = value
+            return
         child_model = _section_type(model, section)
         child = node.setdefault(section, {})
         if child is None:
@@ -86,9 +101,9 @@ def _section_type(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, section: Sequence[str] = ()) -> str:
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    location = [*section, *(str(part) for part in first["loc"])]
     key = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

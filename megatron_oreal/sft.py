@@ -32,7 +32,7 @@ def supervise(config: Config) -> None:
         raise UserError(f"{missing} is missing: the supervised phase needs data (JSON lines) and output (a directory)")
     if Path(sft.output).exists():
         raise UserError(f"sft.output={sft.output!r} is there already: remove it or give another directory")
-    with open_run(config, policy_only=True) as run:
+    with open_run(config, policy_only=True, draws=_stops_early(config)) as run:
         run.actor.load_hf()
         examples = run.platform.fail_together(lambda: _examples(config, run))
         batches = _batches(examples, sft.batch_size, config.seed)
@@ -79,11 +79,16 @@ def _batches(examples: list[TrainSequence], size: int, seed: int) -> Iterator[li
         queue = queue[size:]
 
 
+def _stops_early(config: Config) -> bool:
+    return config.evaluation.data is not None and config.sft.stop_at_pass_rate < 1.0
+
+
 def _solves_enough(run: Run, step: int) -> bool:
-    if not run.held_out or run.config.sft.stop_at_pass_rate >= 1.0:
+    if not run.held_out or not _stops_early(run.config):
         return False
     run.publish()
     result = evaluate(run.rollouts, run.held_out, 1, run.sampling, run.config.seed, quiet=True)
+    run.sleep()
     run.say(
         f"supervised step {step}: held-out pass@1 sampled {result[names.EVAL_PASS_AT_1]:.3f}, "
         f"greedy {result[names.EVAL_GREEDY]:.3f}"

@@ -8,9 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_oreal.actor.actor import UpdateResult
+from megatron_oreal.actor.publish import PublishReport
 from megatron_oreal.algorithm import Kept, StepStatistics, step_statistics
 from megatron_oreal.data.types import Trajectory
 from megatron_oreal.telemetry import names
+from megatron_oreal.verifier.judge_stats import DEADLINE, REFUSED, REPLY, UNREACHABLE, VOTES, JudgeStats
+from megatron_oreal.verifier.verdict import Verdict
+
+_UNKNOWN_CAUSES = {
+    DEADLINE: names.JUDGE_UNKNOWN_DEADLINE,
+    UNREACHABLE: names.JUDGE_UNKNOWN_UNREACHABLE,
+    REFUSED: names.JUDGE_UNKNOWN_REFUSED,
+    REPLY: names.JUDGE_UNKNOWN_REPLY,
+    VOTES: names.JUDGE_UNKNOWN_VOTES,
+}
 
 
 def rollout_metrics(
@@ -37,9 +48,39 @@ def rollout_metrics(
         names.TRUNCATED_SHARE: statistics.truncated_share,
         names.TOKENS_GENERATED: int(lengths.sum()),
         names.TOKENS_ALL: sum(t.num_tokens for t in trajectories),
-        names.KEPT_MASS: float(np.mean([t.kept_mass for t in trajectories])),
+        names.KEPT_MASS: _known_mean([t.kept_mass for t in trajectories]),
     }
     return {name: float(value) for name, value in metrics.items() if value is not None}, statistics
+
+
+def _known_mean(values: Sequence[float]) -> float | None:
+    """None when an engine did not know one of them."""
+    return None if np.isnan(values).any() else float(np.mean(values))
+
+
+def verdict_metrics(trajectories: Sequence[Trajectory], judge: JudgeStats | None) -> dict[str, float]:
+    """Who decided the step's responses, and what the judge had to do for it; ``judge``: sums over all ranks."""
+    known = [t.judgement for t in trajectories if t.judgement and t.judgement.verdict is not Verdict.UNKNOWN]
+    by_judge = sum(judgement.decided_by == "judge" for judgement in known)
+    metrics = {
+        names.BY_RULES_SHARE: (len(known) - by_judge) / max(len(trajectories), 1),
+        names.BY_JUDGE_SHARE: by_judge / max(len(trajectories), 1),
+    }
+    if judge is None:
+        return metrics
+    metrics |= {
+        names.JUDGE_REQUESTS: float(judge.requests),
+        names.JUDGE_RETRIES: float(judge.retries),
+        names.JUDGE_CACHE_HITS: float(judge.cache_hits),
+        names.JUDGE_SHARED: float(judge.shared),
+        names.JUDGE_WITHHELD: float(judge.withheld),
+        **{metric: float(judge.unknown[cause]) for cause, metric in _UNKNOWN_CAUSES.items()},
+        names.JUDGE_UNKNOWN_OTHER: float(sum(n for cause, n in judge.unknown.items() if cause not in _UNKNOWN_CAUSES)),
+    }
+    if judge.latencies:
+        metrics[names.JUDGE_LATENCY_MEAN] = float(np.mean(judge.latencies))
+        metrics[names.JUDGE_LATENCY_P95] = float(np.quantile(judge.latencies, 0.95))
+    return metrics
 
 
 def update_metrics(result: UpdateResult) -> dict[str, float]:
@@ -76,6 +117,20 @@ def update_metrics(result: UpdateResult) -> dict[str, float]:
             names.LOGP_DIFF_MAX: float(diffs.max()),
         }
     return metrics
+
+
+def publish_metrics(report: PublishReport) -> dict[str, float]:
+    """What a publish moved, and what its verification found."""
+    metrics: dict[str, float] = {names.PUBLISH_RECEIVED: report.received_max}
+    if report.digest is not None:
+        metrics[names.PUBLISH_DRIFTED] = len(report.digest.drifted)
+    return metrics
+
+
+def verification_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The part of a publish that its verification took, from the step's times; nothing when it verified nothing."""
+    publish, digest = (metrics.get(names.phase_metric(phase), 0.0) for phase in ("publish", "publish/digest"))
+    return {names.PUBLISH_DIGEST_SHARE: digest / publish} if digest else {}
 
 
 def throughput_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

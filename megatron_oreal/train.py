@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_oreal.actor.batch import TrainSequence
@@ -19,10 +19,17 @@ from megatron_oreal.data.packing import PackItem
 from megatron_oreal.data.trajectories import TrajectoryWriter
 from megatron_oreal.data.types import Prompt, Trajectory
 from megatron_oreal.errors import UserError
-from megatron_oreal.evaluate import evaluate
+from megatron_oreal.evaluate import evaluate, require_known
 from megatron_oreal.run import Run, open_run
-from megatron_oreal.step_metrics import rollout_metrics, throughput_metrics, update_metrics
-from megatron_oreal.telemetry import MetricLogger, PhaseTimers, StepTable, summary, write_report
+from megatron_oreal.step_metrics import (
+    publish_metrics,
+    rollout_metrics,
+    throughput_metrics,
+    update_metrics,
+    verdict_metrics,
+    verification_metrics,
+)
+from megatron_oreal.telemetry import MetricLogger, PhaseTimers, StepTable, names, summary, write_report
 from megatron_oreal.verifier.verdict import Verdict
 
 
@@ -46,23 +53,26 @@ def train(config: Config) -> None:
                 metrics = _evaluate_when_due(run, timers, step, last=False)
                 metrics |= train_step(run, timers, step)
                 metrics |= timers.collect()
-                metrics |= throughput_metrics(metrics)
+                metrics |= throughput_metrics(metrics) | verification_metrics(metrics)
                 # Logged before it is saved: a run that is cut off in between logs the step again, and loses nothing.
                 logger.log(step, metrics)
                 table.row(step, metrics)
+                _require_agreement(config, step, metrics)
                 with timers("checkpoint"):  # counted in the next step's record
                     _save_when_due(run, checkpoints, step + 1)
             final = _evaluate_when_due(run, timers, config.total_steps, last=True)
             if final:
                 logger.log(config.total_steps, final | timers.collect())
         _finish(run)
+        if final:  # the model is trained and saved by now: only the number is worth nothing
+            require_known(final, config.verifier.max_unknown_share)
 
 
 def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
     """One step of algorithm.md; returns its metrics. A step that keeps nothing makes no update, and says so."""
     config, rollout = run.config, run.config.rollout
     assert run.order is not None
-    prompts = run.order.take(rollout.prompts_per_step)
+    prompts = run.order.take(rollout.prompts_per_step + rollout.oversample_prompts)
     with timers("generate"):
         trajectories = run.rollouts.sample(
             prompts,
@@ -70,6 +80,7 @@ def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
             run.sampling,
             lambda group, sample: request_seed(config.seed, step, group, sample),
             f"step {step} generate",
+            enough=rollout.prompts_per_step if rollout.oversample_prompts else None,
         )
     with timers("select"):
         verdicts = [t.judgement.verdict for t in trajectories if t.judgement is not None]
@@ -84,16 +95,18 @@ def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
             step=step,
         )
         metrics, statistics = rollout_metrics(trajectories, rewards, kept)
+        metrics |= verdict_metrics(trajectories, run.rollouts.judge_stats)
         if config.telemetry.save_trajectories and run.is_first_rank:
             _write_trajectories(config, step, prompts, trajectories)
         _require_known(config, trajectories)
     if kept:
+        metrics |= run.sleep(timers)
         with timers("update"):
             result = run.actor.update(_sequences(trajectories, kept, k), step, timers)
         metrics |= update_metrics(result)
-        if result.policy_grad_norm is not None:
+        if result.policy_grad_norm is not None or run.fleet.is_served:  # servers have slept, and lost their weights
             with timers("publish"):
-                run.publish()
+                metrics |= publish_metrics(run.publish(timers))
     else:
         run.say(
             f"step {step}: no group kept ({statistics.groups_all_correct} all correct, {statistics.groups_all_wrong} "
@@ -111,14 +124,27 @@ def _sequences(trajectories: Sequence[Trajectory], kept: Sequence[Kept], k: int)
 
 def _require_known(config: Config, trajectories: Sequence[Trajectory]) -> None:
     limit = config.verifier.max_unknown_share
-    reasons = Counter(
-        t.judgement.reason for t in trajectories if t.judgement is not None and t.judgement.verdict is Verdict.UNKNOWN
-    )
-    share = reasons.total() / max(len(trajectories), 1)
+    unknown = [t.judgement for t in trajectories if t.judgement is not None and t.judgement.verdict is Verdict.UNKNOWN]
+    share = len(unknown) / max(len(trajectories), 1)
     if share > limit:
+        causes = Counter(judgement.cause for judgement in unknown).most_common()
+        counts = ", ".join(f"{count} x {cause}" for cause, count in causes[:5])
+        commonest = Counter(judgement.reason for judgement in unknown if judgement.cause == causes[0][0])
         raise UserError(
-            f"verifier.max_unknown_share={limit}: {share:.0%} of this step's verdicts are unknown, most often because "
-            f"{reasons.most_common(1)[0][0]!r}; training on the rest would be biased: repair that, or raise the limit"
+            f"verifier.max_unknown_share={limit}: {share:.0%} of this step's {len(trajectories)} verdicts are unknown "
+            f"({counts}; for example {commonest.most_common(1)[0][0]!r}); training on the rest would be biased: repair "
+            "that, or raise the limit"
+        )
+
+
+def _require_agreement(config: Config, step: int, metrics: Mapping[str, float]) -> None:
+    limit, mean = config.rollout.max_logp_difference, metrics.get(names.LOGP_DIFF_MEAN)
+    if limit is not None and mean is not None and not mean <= limit:
+        raise UserError(
+            f"rollout.max_logp_difference={limit:g}: in step {step} the engine's log-probabilities differ from the "
+            f"trainer's by {mean:.3g} nats in the mean (99.9th percentile {metrics[names.LOGP_DIFF_P999]:.3g}, maximum "
+            f"{metrics[names.LOGP_DIFF_MAX]:.3g}): the engine does not draw from the policy that is trained (other "
+            "precision, kernels or arguments in rollout.sglang); mend that, or raise the limit (null: no limit)"
         )
 
 
@@ -146,7 +172,8 @@ def _save_when_due(run: Run, checkpoints: Checkpoints, step: int) -> None:
     if every and (step % every == 0 or step == run.config.total_steps):
         assert run.order is not None
         position: dict[str, Any] = {"prompts": dict(run.order.state_dict())}
-        checkpoints.save(run.actor, step, position)
+        with run.trained_parts():
+            checkpoints.save(run.actor, step, position)
 
 
 def _evaluate_when_due(run: Run, timers: PhaseTimers, step: int, *, last: bool) -> dict[str, float]:
@@ -155,7 +182,10 @@ def _evaluate_when_due(run: Run, timers: PhaseTimers, step: int, *, last: bool) 
     if not run.held_out or not due:
         return {}
     with timers("evaluate"):
-        return evaluate(run.rollouts, run.held_out, evaluation.num_samples, run.sampling, run.config.seed)
+        result = evaluate(run.rollouts, run.held_out, evaluation.num_samples, run.sampling, run.config.seed)
+    if not last:
+        require_known(result, run.config.verifier.max_unknown_share)
+    return result
 
 
 def _write_trajectories(
@@ -174,6 +204,7 @@ def _finish(run: Run) -> None:
         if run.is_first_rank:
             shutil.rmtree(fresh, ignore_errors=True)
         run.platform.barrier()
+        run.sleep()
         run.actor.export(fresh)
         if run.is_first_rank:  # only now may an earlier export of this work_dir go
             shutil.rmtree(path, ignore_errors=True)

@@ -51,6 +51,7 @@ LAYOUTS = {
     "TP2-SP": (2, SP2),
     "PP2": (2, PP2),
     "VPP2": (2, VPP2),
+    "PP2-uneven": (2, PP2 | {"num_layers_in_first_pipeline_stage": 1}),
     "DP2": (2, TP1),
     "DP2-no-distributed-optimizer": (2, {"use_distributed_optimizer": False}),
     "TP2-PP2-SP": (4, SP2 | PP2),

@@ -70,6 +70,16 @@ CONTRADICTIONS = {
     "vpp-of-one": (2, [f"{PP}=2", f"{VPP}=1"], [f"{VPP}=1", "2 or more, or null"]),
     "layers": (4, [f"{PP}=4"], [f"{PP}=4", "6 layers", "(use one of 1, 2, 3, 6)"]),
     "layers-vpp": (2, [f"{PP}=2", f"{VPP}=2"], [f"{PP}=2 x virtual 2", "6 layers"]),
+    "uneven-stages": (
+        2,
+        [f"{PP}=2", "parallel.num_layers_in_first_pipeline_stage=2", "parallel.num_layers_in_last_pipeline_stage=2"],
+        ["parallel.num_layers_in_first_pipeline_stage=2, num_layers_in_last_pipeline_stage=2 leaves 2", "=6"],
+    ),
+    "uneven-stages-without-pp": (
+        1,
+        ["parallel.num_layers_in_last_pipeline_stage=6"],
+        ["parallel.num_layers_in_last_pipeline_stage=6", "pipeline_model_parallel_size above 1"],
+    ),
     "recompute-method": (
         1,
         ["parallel.recompute_granularity=full"],

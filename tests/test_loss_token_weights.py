@@ -141,7 +141,7 @@ def test_an_empty_pack_has_no_weights():
         assert positive.shape == negative.shape == (0,)
 
 
-def test_a_nan_score_is_not_hidden_and_leaves_its_sequence_no_top(passes):
+def test_a_nan_score_is_not_hidden_and_leaves_its_sequence_no_top():
     scores = torch.tensor([0.5, float("nan"), 1.0, 2.0])
     for rescale in ("threshold", "topk"):
         for weights in token_weights(scores, [3, 1], LossSettings(rescale=rescale)):

@@ -8,9 +8,10 @@ import pytest
 from megatron_oreal.actor.actor import StepSums, UpdateResult
 from megatron_oreal.algorithm import Normalisers, rewards_from_verdicts, select
 from megatron_oreal.data.types import Trajectory
-from megatron_oreal.step_metrics import rollout_metrics, throughput_metrics, update_metrics
+from megatron_oreal.step_metrics import rollout_metrics, throughput_metrics, update_metrics, verdict_metrics
 from megatron_oreal.telemetry import names
-from megatron_oreal.verifier.verdict import Verdict
+from megatron_oreal.verifier.judge_stats import DEADLINE, REPLY, JudgeStats
+from megatron_oreal.verifier.verdict import Judgement, Verdict
 
 SUMS = {
     "positive": 0.5,
@@ -158,3 +159,36 @@ def test_throughput_without_a_measured_time_is_not_logged(step_time: float) -> N
     metrics = {names.TOKENS_GENERATED: 600.0, names.TOKENS_ALL: 800.0, names.TIME_STEP: step_time}
     expected = {names.TOKENS_PER_S: 800.0} if step_time else {}
     assert throughput_metrics(metrics) == expected
+
+
+def test_who_decided_and_what_the_judge_had_to_do_are_counted_over_all_ranks() -> None:
+    reasons = [
+        "equal",
+        "not equal",
+        "judge: wrong",
+        f"{DEADLINE}: late",
+        f"{DEADLINE}: later",
+        "deadline of 10 s exceeded",
+    ]
+    verdicts = [Verdict.CORRECT, Verdict.WRONG, Verdict.WRONG, *[Verdict.UNKNOWN] * 3]
+    drawn = [trajectory(0, n, 3) for n in range(6)]
+    for one, verdict, reason in zip(drawn, verdicts, reasons, strict=True):
+        one.judgement = Judgement(verdict, reason)
+    assert verdict_metrics(drawn, None) == {names.BY_RULES_SHARE: 2 / 6, names.BY_JUDGE_SHARE: 1 / 6}
+    ranks = [JudgeStats(3, 1, 2, 0, 1, [1.0, 2.0]), JudgeStats(5, 0, 1, 4, 2, [3.0])]
+    ranks[0].unknown.update([DEADLINE, "judge failed"])
+    ranks[1].unknown.update([DEADLINE, REPLY])
+    metrics = verdict_metrics(drawn, ranks[0] + ranks[1])
+    judge = {name: value for name, value in metrics.items() if name.startswith("judge/") and value}
+    assert judge == {
+        names.JUDGE_REQUESTS: 8,
+        names.JUDGE_RETRIES: 1,
+        names.JUDGE_CACHE_HITS: 3,
+        names.JUDGE_SHARED: 4,
+        names.JUDGE_WITHHELD: 3,
+        names.JUDGE_LATENCY_MEAN: 2.0,
+        names.JUDGE_LATENCY_P95: pytest.approx(2.9),
+        names.JUDGE_UNKNOWN_DEADLINE: 2,
+        names.JUDGE_UNKNOWN_REPLY: 1,
+        names.JUDGE_UNKNOWN_OTHER: 1,
+    }

@@ -7,7 +7,7 @@ policy: token weights from those scores, its loss  (forward and backward; forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,24 +16,26 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.actor.batch import Batch, Microbatch, TrainSequence, make_batch
-from megatron_oreal.actor.build import MegatronModel, build_model
+from megatron_oreal.actor.build import DTYPES, MegatronModel, build_model
+from megatron_oreal.actor.head import VocabularyHead
+from megatron_oreal.actor.offload import Offloader, Part, merged, model_part, optimizer_part
 from megatron_oreal.actor.optimizer import ModelOptimizer
 from megatron_oreal.actor.parallel import ParallelGrid
+from megatron_oreal.actor.publish import Publisher, PublishReport
 from megatron_oreal.actor.schedule import run_microbatches
 from megatron_oreal.actor.specs import choose_implementation
 from megatron_oreal.algorithm import Normalisers, count_normalisers, learning_rate
 from megatron_oreal.config import Config
-from megatron_oreal.layout import SafetensorsSource, execute_plan, export_hf, load_from_hf, make_plan, megatron_layout
+from megatron_oreal.layout import export_hf, load_from_hf, megatron_layout, open_source, pipeline_layer_split
 from megatron_oreal.layout.blocks import Layout
 from megatron_oreal.layout.model_spec import ModelSpec
 from megatron_oreal.loss import (
     LossSettings,
+    Vocabulary,
     make_coefficients,
-    policy_loss,
     reward_model_loss,
-    token_logprobs,
-    token_weights,
 )
+from megatron_oreal.loss.segments import copied
 from megatron_oreal.platform import Platform
 from megatron_oreal.telemetry import PhaseTimers
 
@@ -113,16 +115,30 @@ class Actor:
         self.policy = self._build(trainable=True)
         self.policy_layout = self._layout(reward_model=False)
         self.policy_optimizer = self._optimizer(self.policy)
+        self._publisher: Publisher | None = None
         self.reference: MegatronModel | None = None
         self.reward_model: MegatronModel | None = None
         self.reward_model_optimizer: ModelOptimizer | None = None
-        if policy_only:
-            return
-        self.reference = self._build(trainable=False)
-        if config.model.reward_model:
-            self.reward_model = self._build(trainable=True, score_head=True)
-            self.reward_model_layout = self._layout(reward_model=True)
-            self.reward_model_optimizer = self._optimizer(self.reward_model)
+        if not policy_only:
+            self.reference = self._build(trainable=False)
+            if config.model.reward_model:
+                self.reward_model = self._build(trainable=True, score_head=True)
+                self.reward_model_layout = self._layout(reward_model=True)
+                self.reward_model_optimizer = self._optimizer(self.reward_model)
+        self.offloader = Offloader(self._parts(), config.parallel.offload)
+
+    def _parts(self) -> dict[str, Part]:
+        """What may wait in host memory, by the names of ``parallel.offload``; the reward model has its optimizer."""
+        parts = {
+            "policy": model_part(self.policy),
+            "optimizer": optimizer_part(self.policy, self.policy_optimizer),
+        }
+        if self.reference is not None:
+            parts["reference"] = model_part(self.reference)
+        if self.reward_model is not None and self.reward_model_optimizer is not None:
+            optimizer = optimizer_part(self.reward_model, self.reward_model_optimizer)
+            parts["reward_model"] = merged(model_part(self.reward_model), optimizer)
+        return parts
 
     def _build(self, *, trainable: bool, score_head: bool = False) -> MegatronModel:
         return build_model(
@@ -147,6 +163,13 @@ class Actor:
             vocab_divisor=parallel.make_vocab_size_divisible_by,
             transformer_impl=self.implementation,
             reward_model=reward_model,
+            layer_split=pipeline_layer_split(
+                self.spec,
+                pp=self.grid.pp,
+                vpp=self.grid.vpp,
+                first=parallel.num_layers_in_first_pipeline_stage,
+                last=parallel.num_layers_in_last_pipeline_stage,
+            ),
         )
 
     def _optimizer(self, model: MegatronModel) -> ModelOptimizer:
@@ -156,8 +179,8 @@ class Actor:
     # Weights in
 
     def load_hf(self) -> None:
-        """Load all models from the config's Hugging Face directories; each rank reads only its own bytes."""
-        path = self.config.model.path
+        """Load all models from the directories that the config names; each rank reads only its own part."""
+        path = self._initial_weights
         self._load(self.policy, self.policy_layout, path)
         self.policy_optimizer.reload_model_params()
         self.load_reference()
@@ -168,27 +191,54 @@ class Actor:
     def load_reference(self) -> None:
         """Load the frozen reference (a resumed run's too: it is never saved, it never changes)."""
         if self.reference is not None:
-            self._load(self.reference, self.policy_layout, self.config.model.reference_path or self.config.model.path)
+            self._load(self.reference, self.policy_layout, self.config.model.reference_path or self._initial_weights)
+
+    @property
+    def _initial_weights(self) -> str:
+        return self.config.model.megatron_checkpoint or self.config.model.path
 
     def _load(self, model: MegatronModel, layout: Layout, path: str) -> None:
         shard = layout.shards[self.grid.model_index]
 
         def read() -> None:
-            with SafetensorsSource(path) as source:
+            with open_source(path, self.spec) as source:
                 load_from_hf(source, shard, model.parameters(), missing_ok={"score.weight"})
 
         self.platform.fail_together(read)
 
     # Weights out
 
-    def publish(self, engine_layout: Layout, buffers: dict[str, Tensor]) -> None:
-        """Write the policy's current weights into every rank's engine buffers (layout/: plan and execution)."""
-        everyone = {0: list(range(self.platform.world_size))}
-        plan = make_plan(self.policy_layout, self.grid.ranks().replicas(), engine_layout, everyone)
-        execute_plan(plan, self.policy.parameters(), buffers, self.platform.rank)
+    def publish(
+        self,
+        engine_layout: Layout,
+        buffers: Mapping[str, Tensor],
+        version: int = 0,
+        timers: PhaseTimers | None = None,
+    ) -> PublishReport:
+        """Write the policy's current weights into every rank's engine buffers, as ``version``.
+
+        Planned by the first call, and again only for another engine layout or dtype. Raises ``DigestError`` on every
+        rank when ``rollout.verify_weights`` finds that an engine does not hold what the trainer holds.
+        """
+        timers = timers or PhaseTimers()
+        self.offloader.load("policy")
+        with timers("plan"):
+            (dtype,) = {tensor.dtype for tensor in buffers.values()} or {DTYPES[self.config.model.dtype]}
+            if self._publisher is None or not self._publisher.serves(engine_layout, dtype):
+                verify = self.config.rollout.verify_weights
+                self._publisher = Publisher(
+                    self.policy_layout, engine_layout, self.grid, self.platform, wire_dtype=dtype, verify=verify
+                )
+        return self._publisher.publish(version, self.policy.parameters(), buffers, timers)
+
+    def release_publisher(self) -> None:
+        """Give back the memory that publishing staged weights in (before the engines allocate their KV cache)."""
+        if self._publisher is not None:
+            self._publisher.release()
 
     def export(self, out_dir: str | Path) -> None:
         """Write the policy as a Hugging Face directory; all ranks take part, none holds the whole model."""
+        self.offloader.load("policy")
         export_hf(
             out_dir,
             self.spec,
@@ -222,12 +272,13 @@ class Actor:
         )
         batch = self.make_batch(sequences)
         sums = TokenSums()
-        with timers("reference"):
+        with timers("reference"), self.offloader.resident("reference", timers):
             ref_logps = self.reference_logps(batch)
-        with timers("reward_model"):
+        with timers("reward_model"), self.offloader.resident("reward_model", timers):
             scores, rm_norm, rm_lr = self._update_reward_model(batch, counts, sums, step)
         frozen = step < self.config.algorithm.actor_freeze_steps
         with timers("policy"):
+            self.offloader.load("policy", *([] if frozen else ["optimizer"]), timers=timers)
             norm, lr = self._update_policy(batch, counts, ref_logps, scores, sums, step, frozen=frozen)
         return UpdateResult(sums.over_world(self.grid, self.platform), counts, batch.balance, norm, lr, rm_norm, rm_lr)
 
@@ -239,18 +290,19 @@ class Actor:
     def logprobs(self, model: MegatronModel, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """(log-probability, entropy), float32 [n] each, a micro-batch, on the last stage (elsewhere empty)."""
 
-        def head(index: int, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def head(index: int, output: VocabularyHead) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             labels = batch.microbatches[index].device.labels
-            return logits.new_zeros(()), token_logprobs(logits, labels, **self._vocabulary())
+            return output.hidden.new_zeros(()), output.token_logprobs(labels, self._vocabulary())
 
         return run_microbatches(model, batch.device_batches, head, self.platform, backward=False)
 
-    def _vocabulary(self) -> dict:
-        return {
-            "vocab_size": self.spec.vocab_size,
-            "temperature": self.config.rollout.temperature,
-            "tp_group": self.grid.tp_group,
-        }
+    def _vocabulary(self, temperature: float | None = None) -> Vocabulary:
+        """``temperature``: default the rollout's."""
+        return Vocabulary(
+            self.spec.vocab_size,
+            self.config.rollout.temperature if temperature is None else temperature,
+            self.grid.tp_group,
+        )
 
     def _update_reward_model(
         self, batch: Batch, counts: Normalisers, sums: TokenSums, step: int
@@ -298,9 +350,9 @@ class Actor:
             start=algorithm.actor_freeze_steps if optimizer.warmup_after_freeze else 0,
         )
 
-        def head(index: int, logits: Tensor) -> tuple[Tensor, None]:
+        def head(index: int, output: VocabularyHead) -> tuple[Tensor, None]:
             return self._policy_head(
-                logits, batch.microbatches[index], counts, ref_logps[index], scores[index], sums
+                output, batch.microbatches[index], counts, ref_logps[index], scores[index], sums
             ), None
 
         if not frozen:
@@ -310,16 +362,15 @@ class Actor:
 
     def _policy_head(
         self,
-        logits: Tensor,
+        output: VocabularyHead,
         microbatch: Microbatch,
         counts: Normalisers,
         ref_logp: Tensor,
         scores: Tensor | None,
         sums: TokenSums,
     ) -> Tensor:
-        """The policy's loss of one micro-batch, from the logits of its response positions [n, vocab / tp]."""
+        """The policy's loss of one micro-batch, from the vocabulary head over its response positions."""
         lengths = microbatch.device.response_lengths
-        weights = None if scores is None else token_weights(scores, lengths, self.settings)
         coefficients = make_coefficients(
             lengths,
             microbatch.rewards,
@@ -328,20 +379,22 @@ class Actor:
             num_positive_tokens=counts.positive_tokens,
             num_negative_tokens=counts.negative_tokens,
             num_tokens=counts.tokens,
-            weights=weights,
+            scores=scores,
             ref_logp=ref_logp,
             pass_rates=microbatch.pass_rates,
-            device=logits.device,
+            device=output.hidden.device,
         )
-        loss = policy_loss(logits, microbatch.device.labels, coefficients, **self._vocabulary())
+        # Entropy and the gap to the engine are reported of every response token, so rows of zero weight are read too.
+        loss = output.policy_loss(microbatch.device.labels, coefficients, self._vocabulary(), monitor=True)
         sums.add("positive", loss.positive)
         sums.add("negative", loss.negative)
         sums.add("kl", loss.kl)
         sums.add("entropy", loss.entropy.double().sum())
         delta = (ref_logp - loss.logp).double()
         sums.add("k3", (delta.expm1() - delta).sum())
+        weights = coefficients.weights
         if weights is not None:
-            positive = _token_mask(microbatch, sign=1).to(logits.device)
+            positive = copied(_token_mask(microbatch, sign=1), output.hidden.device)
             for name, weight, mask in (("positive", weights[0], positive), ("negative", weights[1], ~positive)):
                 sums.add(f"{name}_weight", (weight * mask).double().sum())
                 sums.add(f"{name}_weight_nonzero", ((weight > 0) & mask).sum())
@@ -355,12 +408,13 @@ class Actor:
 
     def supervised_step(self, sequences: Sequence[TrainSequence], lr: float) -> tuple[float, float]:
         """One step of next-token cross-entropy on the responses; returns (loss in nats a token, gradient norm)."""
+        self.offloader.load("policy", "optimizer")
         counts = count_normalisers([1] * len(sequences), [len(sequence.item.response_ids) for sequence in sequences])
         batch = self.make_batch(sequences)
         settings = LossSettings(pos_mult_adv=False, kl_coef=0.0)
         sums = TokenSums()
 
-        def head(index: int, logits: Tensor) -> tuple[Tensor, None]:
+        def head(index: int, output: VocabularyHead) -> tuple[Tensor, None]:
             microbatch = batch.microbatches[index]
             coefficients = make_coefficients(
                 microbatch.device.response_lengths,
@@ -370,10 +424,9 @@ class Actor:
                 num_positive_tokens=counts.positive_tokens,
                 num_negative_tokens=0,
                 num_tokens=counts.tokens,
-                device=logits.device,
+                device=output.hidden.device,
             )
-            vocabulary = self._vocabulary() | {"temperature": 1.0}
-            loss = policy_loss(logits, microbatch.device.labels, coefficients, **vocabulary)
+            loss = output.policy_loss(microbatch.device.labels, coefficients, self._vocabulary(temperature=1.0))
             sums.add("loss", loss.total)
             return loss.total, None
 

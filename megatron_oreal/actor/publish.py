@@ -47,7 +47,8 @@ class Publisher:
         assert world % shards == 0, f"{shards} engine ranks do not divide {world} ranks"
         source_ranks = grid.ranks().replicas()
         engine_ranks = {index: range(index, world, shards) for index in range(shards)}
-        plan = make_plan(source, source_ranks, engine, engine_ranks)
+        node = platform.ranks_per_node
+        plan = make_plan(source, source_ranks, engine, engine_ranks, ranks_per_node=node if world % node == 0 else None)
         self._received_max = max(plan.statistics.received.values(), default=0) * wire_dtype.itemsize
         self._resharder = Resharder(plan, platform.rank, wire_dtype=wire_dtype)
         self._digester: Digester | None = None

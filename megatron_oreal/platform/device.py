@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +41,11 @@ class Platform:
 
         return megatron_on_cpu()
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Consecutive ranks that share a node, by torchrun's word; without it all of them."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
     def synchronize(self) -> None:
         """Wait for the device, so that a timer reads what it means."""
         if self.is_cuda:
@@ -50,17 +55,28 @@ class Platform:
         """Wait for all ranks on the host."""
         dist.barrier(group=self.host_group)
 
-    def gather_objects(self, item: Any) -> list[Any]:
-        """Every rank's ``item``, in rank order, on every rank."""
+    def gather_objects(self, item: Any, what: str = "") -> list[Any]:
+        """Every rank's ``item``, in rank order, on every rank. ``what`` is waited for, in errors."""
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, item, group=self.host_group)
+        with self._waiting(what):
+            dist.all_gather_object(gathered, item, group=self.host_group)
         return gathered
 
-    def broadcast_object(self, item: Any, source: int = 0) -> Any:
-        """``item`` of rank ``source`` on every rank."""
+    def broadcast_object(self, item: Any, source: int = 0, what: str = "") -> Any:
+        """``item`` of rank ``source`` on every rank. ``what`` is waited for, in errors."""
         box = [item]
-        dist.broadcast_object_list(box, src=source, group=self.host_group)
+        with self._waiting(what):
+            dist.broadcast_object_list(box, src=source, group=self.host_group)
         return box[0]
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's: a deadline has passed, or another rank has ended
+            if not what:
+                raise
+            raise RuntimeError(f"rank {self.rank} waited for {what}: {error}") from error
 
     def fail_together(self, work: Callable[[], Any]) -> Any:
         """Run ``work`` on every rank; if any rank's raises ``UserError``, every rank raises the first one.
@@ -91,8 +107,13 @@ def choose_device(requested: Literal["auto", "cuda", "cpu"]) -> str:
     return "cuda" if available else "cpu"
 
 
-def init_distributed(requested: Literal["auto", "cuda", "cpu"], timeout_s: int) -> Platform:
-    """Join the process group that torchrun describes (alone: a world of one) and choose this rank's device."""
+def init_distributed(
+    requested: Literal["auto", "cuda", "cpu"], timeout_s: int, host_timeout_s: float | None = None
+) -> Platform:
+    """Join the process group that torchrun describes (alone: a world of one) and choose this rank's device.
+
+    ``timeout_s``: of collectives; ``host_timeout_s``: of those of ``host_group``, by default the same.
+    """
     kind = choose_device(requested)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -111,7 +132,11 @@ def init_distributed(requested: Literal["auto", "cuda", "cpu"], timeout_s: int) 
             )
         else:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
-    host_group = dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else dist.group.WORLD
+    if kind == "cuda" or host_timeout_s is not None:
+        host_timeout = datetime.timedelta(seconds=host_timeout_s or timeout_s)
+        host_group = dist.new_group(backend="gloo", timeout=host_timeout)
+    else:
+        host_group = dist.group.WORLD
     assert host_group is not None
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     return Platform(device=device, rank=dist.get_rank(), world_size=dist.get_world_size(), host_group=host_group)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from megatron_oreal.data.chat import ChatTemplate
 from megatron_oreal.data.types import Prompt, Trajectory
 from megatron_oreal.platform import Platform
 from megatron_oreal.rollout.engine import Completion, Engine, Request, SamplingParams
 from megatron_oreal.telemetry import progress
-from megatron_oreal.verifier import VerifierPool
+from megatron_oreal.verifier import Verifier
+from megatron_oreal.verifier.judge_stats import JudgeStats
 from megatron_oreal.verifier.verdict import Judgement, Verdict
+
+T = TypeVar("T")
 
 
 class RolloutSampler:
-    """Shares a step's requests over the ranks' engines and brings every rank all trajectories.
+    """Shares a step's requests over the ranks' own engines and brings every rank all trajectories.
 
     The K samples of a prompt stay on one rank, whose engine then runs their common prompt once. Verification runs in
-    other processes while the engine still generates; no rank waits inside a device collective for either.
+    other processes and threads while the engine still generates; no rank waits inside a device collective for either.
+    ``judge_stats`` are those of the last ``sample``, summed over the ranks; None without a judge.
     """
 
-    def __init__(self, engine: Engine, verifier: VerifierPool, chat: ChatTemplate, platform: Platform):
+    def __init__(self, engine: Engine, verifier: Verifier, chat: ChatTemplate, platform: Platform):
         self.engine, self.verifier, self.chat, self.platform = engine, verifier, chat, platform
+        self.judge_stats: JudgeStats | None = None
 
     def sample(
         self,
@@ -31,11 +37,14 @@ class RolloutSampler:
         sampling: SamplingParams,
         seed_of: Callable[[int, int], int],
         label: str | None,
+        enough: int | None = None,
     ) -> list[Trajectory]:
         """``num_samples`` verified responses to each prompt, ordered by (group, sample), the same list on every rank.
 
         ``seed_of(group, sample)`` fixes each response wherever it is drawn. ``label`` None: no progress bars.
+        ``enough``: groups after which drawing ends, for engines that can end it.
         """
+        assert enough is None or enough >= len(prompts), "embedded engines draw everything"
         mine = [
             (group, sample)
             for group in range(self.platform.rank, len(prompts), self.platform.world_size)
@@ -52,28 +61,54 @@ class RolloutSampler:
             def take(index: int, completion: Completion) -> None:
                 nonlocal tokens
                 group, sample = mine[index]
-                trajectory = self._trajectory(group, sample, requests[index], completion)
+                trajectory = self.trajectory(group, sample, requests[index], completion)
+                trajectory.text = self.chat.decode(completion.token_ids)
                 trajectories[group, sample] = trajectory
                 if completion.finish_reason == "abort":  # the engine's doing, not the model's: nothing to learn from
                     trajectory.judgement = Judgement(Verdict.UNKNOWN, "aborted by the engine")
                 else:
-                    gold = prompts[group].gold_answer
-                    self.verifier.submit((group, sample), trajectory.text, gold, stopped=trajectory.stopped)
+                    self.submit(prompts[group], trajectory)
                 tokens += len(completion.token_ids)
                 bar.update(1, extra=f"{tokens / (time.perf_counter() - began):.0f} tok/s")
-                for key, judgement in self.verifier.drain():
-                    self._judge(trajectories, key, judgement)
+                self.judge(trajectories)
 
             self.engine.generate(requests, sampling, take)
-        if left := len(self.verifier):  # what was not verified while others still generated
-            with progress("verify", total=left, unit="responses on rank 0", enabled=shown) as bar:
-                for key, judgement in self.verifier.results():
-                    self._judge(trajectories, key, judgement)
-                    bar.update(1)
-        gathered = [trajectory for part in self.platform.gather_objects(trajectories) for trajectory in part.items()]
+        self.await_verdicts(trajectories, shown)
+        gathered = [item for part in self.share(trajectories) for item in part.items()]
         return [trajectory for _, trajectory in sorted(gathered)]
 
-    def _trajectory(self, group: int, sample: int, request: Request, completion: Completion) -> Trajectory:
+    def submit(self, prompt: Prompt, trajectory: Trajectory) -> None:
+        """Hand a response to the verifier."""
+        self.verifier.submit(
+            (trajectory.group, trajectory.sample),
+            trajectory.text,
+            prompt.gold_answer,
+            stopped=trajectory.stopped,
+            question=prompt.question,
+        )
+
+    def judge(self, trajectories: Mapping[tuple[int, int], Trajectory]) -> None:
+        """Give trajectories the verdicts that have come."""
+        for key, judgement in self.verifier.drain():
+            trajectories[key].judgement = judgement  # type: ignore[index]
+
+    def await_verdicts(self, trajectories: Mapping[tuple[int, int], Trajectory], shown: bool | None) -> None:
+        """Wait for the verdicts that have not come while others still generated."""
+        if left := len(self.verifier):
+            with progress("wait for verdicts", total=left, unit="responses on rank 0", enabled=shown) as bar:
+                for key, judgement in self.verifier.results():
+                    trajectories[key].judgement = judgement  # type: ignore[index]
+                    bar.update(1)
+
+    def share(self, part: T) -> list[T]:
+        """Every rank's part, on every rank; sums the judge's statistics on the way."""
+        found = self.platform.gather_objects((part, self.verifier.stats()), "the verdicts of all ranks")
+        stats = [stats for _, stats in found if stats is not None]
+        self.judge_stats = sum(stats, JudgeStats()) if stats else None
+        return [each for each, _ in found]
+
+    def trajectory(self, group: int, sample: int, request: Request, completion: Completion) -> Trajectory:
+        """A response as a trajectory, without its text and its verdict."""
         return Trajectory(
             group=group,
             sample=sample,
@@ -82,9 +117,5 @@ class RolloutSampler:
             engine_logp=completion.logp,
             stopped=completion.finish_reason == "stop",
             kept_mass=completion.kept_mass,
-            text=self.chat.decode(completion.token_ids),
+            text="",
         )
-
-    @staticmethod
-    def _judge(trajectories: dict[tuple[int, int], Trajectory], key: object, judgement: Judgement) -> None:
-        trajectories[key].judgement = judgement  # type: ignore[index]

@@ -35,6 +35,22 @@ GROUPS_ALL_WRONG = _metric("groups/all_wrong", "groups", "prompts whose known re
 GROUPS_FEW_KNOWN = _metric("groups/few_known", "groups", "prompts with fewer than two known responses: dropped")
 SEQUENCES_KEPT = _metric("groups/kept_sequences", "sequences", "responses that were trained on")
 UNKNOWN_SHARE = _metric("verdict/unknown_share", "share", "responses that no verifier could decide")
+BY_RULES_SHARE = _metric("verdict/by_rules_share", "share", "responses whose verdict, not unknown, the rules gave")
+BY_JUDGE_SHARE = _metric("verdict/by_judge_share", "share", "responses whose verdict, not unknown, the judge gave")
+
+JUDGE_REQUESTS = _metric("judge/requests", "requests", "chat completions sent to the judge, all ranks")
+JUDGE_RETRIES = _metric("judge/retries", "requests", "of these, repeated after a failure")
+JUDGE_CACHE_HITS = _metric("judge/cache_hits", "responses", "cases whose verdict was in the judge's cache")
+JUDGE_SHARED = _metric("judge/shared", "responses", "responses that took the verdict of an equal case in flight")
+JUDGE_WITHHELD = _metric("judge/withheld", "responses", "answers not sent to the judge because they speak to it")
+JUDGE_LATENCY_MEAN = _metric("judge/latency_mean", "s", "mean time from a request to its whole reply")
+JUDGE_LATENCY_P95 = _metric("judge/latency_p95", "s", "95th percentile of the same")
+JUDGE_UNKNOWN_DEADLINE = _metric("judge/unknown_deadline", "responses", "unknown: no verdict in time")
+JUDGE_UNKNOWN_UNREACHABLE = _metric("judge/unknown_unreachable", "responses", "unknown: no connection, or a broken one")
+JUDGE_UNKNOWN_REFUSED = _metric("judge/unknown_refused", "responses", "unknown: an HTTP status other than 200")
+JUDGE_UNKNOWN_REPLY = _metric("judge/unknown_reply", "responses", "unknown: a reply that is not exactly one verdict")
+JUDGE_UNKNOWN_VOTES = _metric("judge/unknown_votes", "responses", "unknown: no majority of the votes")
+JUDGE_UNKNOWN_OTHER = _metric("judge/unknown_other", "responses", "unknown: anything else")
 
 LOSS_POSITIVE = _metric("loss/positive", "", "term of the positive responses, positive_loss_factor included")
 LOSS_NEGATIVE = _metric("loss/negative", "", "term of the negative responses, negative_loss_factor included")
@@ -83,14 +99,41 @@ LOGP_DIFF_P999 = _metric("rollout/logp_diff_p999", "nats", "99.9th percentile of
 LOGP_DIFF_MAX = _metric("rollout/logp_diff_max", "nats", "maximum of the same")
 KEPT_MASS = _metric("rollout/kept_mass", "share", "mean probability mass that top-p and top-k kept")
 
+MEMORY_RELEASED = _metric(
+    "memory/released_bytes", "bytes", "device memory that the sleeping engine gave back, measured on rank 0's device"
+)
+
+PUBLISH_RECEIVED = _metric(
+    "publish/received_bytes", "bytes", "weights that the rank which receives most gets from other ranks"
+)
+PUBLISH_DIGEST_SHARE = _metric("publish/digest_share", "share", "of time/publish spent on comparing digests")
+PUBLISH_DRIFTED = _metric("publish/drifted_tensors", "tensors", "whose tensor-parallel copies in the trainer differ")
+
 EVAL_PASS_AT_1 = _metric("eval/pass_at_1", "share", "held-out pass@1: mean over problems of their sampled pass rate")
 EVAL_PASS_AT_1_LOW = _metric("eval/pass_at_1_low", "share", "lower end of its 95 % interval, clustered by problem")
 EVAL_PASS_AT_1_HIGH = _metric("eval/pass_at_1_high", "share", "upper end of its 95 % interval, clustered by problem")
 EVAL_GREEDY = _metric("eval/greedy", "share", "held-out problems solved at temperature 0")
+EVAL_UNKNOWN_SHARE = _metric("eval/unknown_share", "share", "held-out responses without a verdict; the rates omit them")
 
 TIME = "time/"
 TIME_STEP = _metric("time/step", "s", "wall-clock time of the whole step")
 TIME_OTHER = _metric("time/other", "s", "time/step minus its phases: what no timer saw")
+_metric("time/sleep", "s", "servers stop, drop their caches and give their device memory back")
+_metric("time/sleep/release", "s", "of that: pause, flush and release, until the last server has answered")
+_metric("time/sleep/memory", "s", "of that: until the device memory was measured to be free")
+_metric("time/update/policy/load", "s", "policy and optimizer state from host memory to the device")
+_metric("time/update/reference/load", "s", "the reference from host memory to the device")
+_metric("time/update/reference/offload", "s", "the reference back to host memory")
+_metric("time/update/reward_model/load", "s", "the reward model and its optimizer state to the device")
+_metric("time/update/reward_model/offload", "s", "the reward model and its optimizer state back to host memory")
+_metric("time/publish", "s", "from the updated policy to engines that may generate with it")
+_metric("time/publish/offload", "s", "what publishing does not need, and afterwards the policy, to host memory")
+_metric("time/publish/wake_weights", "s", "servers take the memory of their weights")
+_metric("time/publish/plan", "s", "plan of the transfer, made once a run")
+_metric("time/publish/transfer", "s", "weights from the actors' ranks into the engines' layout")
+_metric("time/publish/digest", "s", "digests of trainer and engine weights compared")
+_metric("time/publish/load", "s", "engines take the staged weights, until the last one has acknowledged them")
+_metric("time/publish/wake_cache", "s", "servers take the memory of their KV caches and CUDA graphs")
 _PHASE = _metric("time/<phase>", "s", "wall-clock time in a phase on rank 0; time/<a>/<b> is a part of time/<a>")
 
 

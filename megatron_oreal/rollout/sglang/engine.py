@@ -308,8 +308,9 @@ class SglangEngine:
         A colocated step wakes in two parts: ``wake(["weights"])``, ``load_weights``, then ``wake()``.
         """
         self._idle()
-        left = self._together(functools.partial(self._wake_up, None if tags is None else list(tags)))
+        left, is_new = self._together(functools.partial(self._wake_up, None if tags is None else list(tags)))
         self._awake = not left
+        self._weights_gone = self._weights_gone or is_new
         if self._awake and self._version >= 0 and not self._weights_gone:
             self._serving.set()
 
@@ -370,12 +371,16 @@ class SglangEngine:
         return value
 
     def _give(self, loaded: _Loaded) -> DigestReport:
-        """Load into the running server, or into a new one when this one does not survive it."""
+        return self._surviving(
+            lambda: self._sync.load(loaded.stagings, loaded.hashes, loaded.version, awake=self._awake)
+        )
+
+    def _surviving(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do something with the running server, or with a new one when this one does not survive it."""
         while True:
             self._ensure_started()
             try:
-                sync = self._sync.load(loaded.stagings, loaded.hashes, loaded.version, awake=self._awake)
-                return self._run(sync)
+                return self._run(work())
             except UnreachableError as error:
                 self._restart(str(error))
 
@@ -439,23 +444,27 @@ class SglangEngine:
                 self._run(self._sync.forget_staging())
 
     def _fall_asleep(self, tags: list[str]) -> list[str]:
+        """Returns what was released; the weights of a server that had to be started again are gone as well."""
         with self._lock:
-            self._ensure_started()
-            self._run(self._sync.pause())
-            if not self._saves_memory:
-                return []
-            self._run(self._sync.release(tags))
-            self._released = tags
-            return tags
+            restarts = self.num_restarts
+            self._surviving(self._sync.pause)
+            if self._saves_memory:
+                self._surviving(lambda: self._sync.release(tags))
+                self._released = tags
+            return list({*self._released, *(["weights"] if self.num_restarts > restarts else [])})
 
-    def _wake_up(self, tags: list[str] | None) -> list[str]:
-        """Take back; returns what is still released."""
+    def _wake_up(self, tags: list[str] | None) -> tuple[list[str], bool]:
+        """Take back; returns what is still released, and whether this is a new server, which has no weights."""
         with self._lock:
+            restarts = self.num_restarts
             self._ensure_started()
-            for tag in ("weights", "kv_cache", "cuda_graph"):  # weights first: the caches take what is left
-                if tag in self._released and (tags is None or tag in tags):
-                    self._run(self._sync.retake([tag]))
-                    self._released = [other for other in self._released if other != tag]
-            if not self._released:
-                self._run(self._sync.resume())
-            return self._released
+            try:
+                for tag in ("weights", "kv_cache", "cuda_graph"):  # weights first: the caches take what is left
+                    if tag in self._released and (tags is None or tag in tags):
+                        self._run(self._sync.retake([tag]))
+                        self._released = [other for other in self._released if other != tag]
+                if not self._released:
+                    self._run(self._sync.resume())
+            except UnreachableError as error:
+                self._restart(str(error))  # it starts with all of its memory
+            return self._released, self.num_restarts > restarts

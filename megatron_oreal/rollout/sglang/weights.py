@@ -117,7 +117,6 @@ class WeightSync:
 
     async def release(self, tags: Sequence[str]) -> None:
         """Give device memory back; the server must be paused. Weights that were released have no version any more."""
-        await self.flush()
         if "weights" in tags:
             await self.set_label("none")
         await self.client.post("/release_memory_occupation", {"tags": list(tags)}, self._timeout_s)

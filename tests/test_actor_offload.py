@@ -1,0 +1,94 @@
+"""Offloaded parts of the actor: their bytes are really gone from the device, and every bit comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import actor_cases
+import pytest
+import torch
+from dist import run_ranks
+
+from megatron_oreal.actor.actor import Actor
+from megatron_oreal.actor.offload import Offloader, Part
+from megatron_oreal.actor.parallel import destroy_parallel, init_parallel
+from megatron_oreal.layout import load_model_spec
+from megatron_oreal.platform import init_distributed, shutdown_distributed
+
+PARTS = ["optimizer", "reward_model", "reference", "policy"]
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "pipeline-bf16": ({"pipeline_model_parallel_size": 2, "use_distributed_optimizer": False}, "bf16"),
+    "distributed-optimizer-fp32": ({}, "fp32"),
+    "distributed-optimizer-bf16": ({}, "bf16"),
+}
+
+
+def test_views_survive_and_their_storage_is_empty_meanwhile() -> None:
+    flat = torch.arange(12.0)
+    view, gradients = flat[3:9].view(2, 3), torch.ones(5)
+    offloader = Offloader({"a": Part([view, flat], scratch=[gradients]), "b": Part([torch.ones(3)])}, ["a"])
+    offloader.offload()
+    assert offloader.away == {"a"}
+    assert flat.untyped_storage().nbytes() == gradients.untyped_storage().nbytes() == 0
+    offloader.offload("a")
+    offloader.load("a", "b")
+    assert torch.equal(flat, torch.arange(12.0)) and torch.equal(view, torch.arange(3.0, 9.0).view(2, 3))
+    view[0, 0] = 99.0
+    assert flat[3] == 99.0, "the view must still be one"
+    assert torch.equal(gradients, torch.zeros(5))
+
+
+def update_in_all_ways(path: Path, work_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every case without and with offloading: its results, weights and the bytes of its parts while they are away."""
+    platform = init_distributed("cpu", 120)
+    answers = {}
+    for case, (parallel, dtype) in CASES.items():
+        answers[case] = []
+        for names in ([], PARTS):
+            config = actor_cases.make_config(path, work_dir, parallel | {"offload": names}, model={"dtype": dtype})
+            grid = init_parallel(config.parallel, platform)
+            actor = Actor(config, load_model_spec(path), grid, platform)
+            actor.load_hf()
+            answers[case].append(update_three_times(actor))
+            destroy_parallel()
+    shutdown_distributed()
+    return answers
+
+
+def update_three_times(actor: Actor) -> dict[str, Any]:
+    results = []
+    for step in range(3):
+        result = actor.update(actor_cases.make_sequences(10), step)
+        results.append((result.policy_grad_norm, result.reward_model_grad_norm, result.sums.values))
+        actor.offloader.offload()
+        away = {part: storage_bytes(actor, part) for part in PARTS}
+    actor.offloader.load()
+    assert actor.reward_model is not None
+    weights = {name: weight.clone() for name, weight in actor.policy.parameters().items()}
+    weights |= {f"rm {name}": weight.clone() for name, weight in actor.reward_model.parameters().items()}
+    return {"results": results, "weights": weights, "bytes": away}
+
+
+def storage_bytes(actor: Actor, part: str) -> int:
+    tensors = actor._parts()[part]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.tensors + tensors.scratch)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dict[str, Any]]]]:
+    folder = tmp_path_factory.mktemp("offload")
+    path = actor_cases.make_model("qwen2-tied", folder)
+    return run_ranks("test_actor_offload:update_in_all_ways", 2, {"path": path, "work_dir": folder})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_with_everything_offloaded_gives_the_same_bits(answers: list[dict[str, Any]], case: str) -> None:
+    for rank in answers:
+        stayed, moved = rank[case]
+        assert moved["results"] == stayed["results"]
+        assert moved["results"][-1][0] > 0
+        assert moved["weights"].keys() == stayed["weights"].keys()
+        assert [n for n, weight in stayed["weights"].items() if not torch.equal(weight, moved["weights"][n])] == []
+        assert min(stayed["bytes"].values()) > 10_000
+        assert set(moved["bytes"].values()) == {0}
