@@ -130,7 +130,7 @@ def test_the_rules_load_sympy_with_the_clock_stopped():
         "    before = 'sympy' in sys.modules\n    yield\n    print(before, 'math_verify' in sys.modules)\n"
         "untimed.set_untimed(around)\nassert symbolic.read('\\\\int_0^1 x dx') is not None"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.split(), done.stderr) == (["False", "True"], "")
 
 
