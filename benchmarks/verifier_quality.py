@@ -10,6 +10,9 @@ The set, ``tests/data/verifier_labelled.jsonl``, was written for this project. A
 mathematics and by the conventions that rules.py states. A hash of the line puts it into one half, ``dev`` or
 ``held_out``.
 
+A second set, ``tests/data/verifier_adversarial.jsonl``, was written by a hostile reviewer against the finished rules;
+it has ``group`` for ``kind`` and is reported by itself.
+
 math-verify has its defaults: ``verify(parse("$gold$"), parse(response))``; it sees the whole response, or ("after the
 thinking word") what our extraction takes for the conclusion. A verdict other than correct counts as not correct.
 """
@@ -36,6 +39,7 @@ from megatron_oreal.verifier.verdict import Verdict
 
 ROOT = Path(__file__).parents[1]
 LABELLED = ROOT / "tests/data/verifier_labelled.jsonl"
+ADVERSARIAL = ROOT / "tests/data/verifier_adversarial.jsonl"
 FINISH_WORDS = VerifierConfig().thinking_finish_words
 STOP_WORDS = ("<|im_end|>",)
 PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy", "mpmath")
@@ -122,6 +126,18 @@ def measure(items: list[Item], judge: Callable[[Item], str]) -> dict[str, Any]:
     }
 
 
+def measure_adversarial(items: list[Item], judge: Callable[[Item], str]) -> dict[str, Any]:
+    """Score one system over the adversarial set and by its groups."""
+    verdicts = [judge(item) for item in items]
+    groups = dict.fromkeys(item["group"] for item in items)
+    chosen = {group: [index for index, item in enumerate(items) if item["group"] == group] for group in groups}
+    by_group = {
+        group: score([items[index] for index in part], [verdicts[index] for index in part])
+        for group, part in chosen.items()
+    }
+    return {"all": score(items, verdicts), "by_group": by_group}
+
+
 def with_judge(items: list[Item], verdicts: list[str]) -> dict[str, int]:
     """What a judge that never errs would leave: it sees all that the rules do not call correct, and nothing else."""
     pairs = Counter((item["verdict"], verdict == "correct") for item, verdict in zip(items, verdicts, strict=True))
@@ -146,6 +162,7 @@ def table(result: dict[str, Any]) -> str:
         *(row(kind, scores, theirs["by_kind"][kind]) for kind, scores in mine["by_kind"].items()),
         *(row(f"*half {half}*", mine["by_half"][half], theirs["by_half"][half]) for half in HALVES),
         row("**all**", mine["all"], theirs["all"]),
+        row("*adversarial set*", *(result["adversarial"]["systems"][name]["all"] for name in ("ours", "math_verify"))),
     ]
     return "\n".join(lines)
 
@@ -187,6 +204,10 @@ def main() -> None:
         "commit": commit(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "systems": {name: measure(items, judge) for name, judge in systems().items()},
+        "adversarial": {
+            "set_sha256": hashlib.sha256(ADVERSARIAL.read_bytes()).hexdigest(),
+            "systems": {name: measure_adversarial(load(ADVERSARIAL), judge) for name, judge in systems().items()},
+        },
     }
     text = json.dumps(result, indent=1) + "\n"
     if arguments.output:

@@ -26,16 +26,16 @@ FINISH = ["<conclude>", "**Final Answer**", "</think>"]
         ("answer is 1\nno, the answer is 2", "2"),
         ("The answer is 5 but \\boxed{6}", "6"),
         ("we get 3, then 1,250.", "1,250"),
-        ("hence x = \\frac{3}{4}.", "\\frac{3}{4}"),
+        ("hence x = \\frac{3}{4}.", "x = \\frac{3}{4}"),
         ("that leaves -7", "-7"),
-        ("that is 5-3", "3"),
+        ("that is 5-3", "5-3"),
         ("a ratio of 3/4", "3/4"),
         ("\\boxed{2} and \\boxed{-3}", "2, -3"),
         ("$\\boxed{2}$, $\\boxed{3}$ or \\(\\boxed{4}\\)", "2, 3, 4"),
         ("\\boxed{5}, \\boxed{5}", "5"),
         ("\\boxed{4}. So \\boxed{5}", "5"),
         ("\\boxed{\\boxed{5}}", "5"),
-        ("2 + 3 gives \\boxed{5", "3"),
+        ("2 + 3 gives \\boxed{5", None),
         ("\\boxed{5", None),
         ("the answer is therefore **99**.", "99"),
         ("the answer to the question must be 7 because 3 is odd", "7"),
@@ -49,6 +49,63 @@ FINISH = ["<conclude>", "**Final Answer**", "</think>"]
     ],
 )
 def test_final_answer_is_read_in_order_box_statement_number(text, expected):
+    assert extract_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("So we get $\\sqrt{3}$.", "$\\sqrt{3}$"),
+        ("That makes 2^10.", "2^10"),
+        ("So we get 3 × 10^8.", "3 × 10^8"),
+        ("Hence x = 5 + 3", "x = 5 + 3"),
+        ("So y = 4x", "y = 4x"),
+        ("so 4 million", "4 million"),
+        ("Thus 12 + x.", "12 + x"),
+        ("So (3, 5)", "(3, 5)"),
+        ("the roots are 3 and 5", "3 and 5"),
+        ("So 4!", "4!"),
+        ("So x > 7.", "x > 7"),
+        ("So after the exchange she has 17 apples left.", "17 apples"),
+        ("The total is 7 · 9 = 63. $\\blacksquare$", "7 · 9 = 63"),
+        ("\\[ x = 12 \\]", "x = 12"),
+        ("Since n is not even, we get 5.", "5"),
+        ("It is not 7.", None),
+        ("I can't decide between 6 and 7", None),
+        ("Thus x is at least 7.", None),
+        ("it is negative 5", None),
+        ("by Theorem 3.", None),
+        ("see equation (3)", None),
+        ("Is the answer 7? No.", None),
+        ("The remainder when divided by 7 is 12.", "12"),
+        ("ln 12", "ln 12"),
+        ("it is divisible by 12.", None),
+        ("a factor of 12", None),
+        ("x must exceed 12.", None),
+        ("12 choose 5", None),
+    ],
+)
+def test_a_value_that_a_response_ends_on_is_taken_whole_or_not_at_all(text, expected):
+    assert extract_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\\boxed{7} is incorrect; the answer is 9", "9"),
+        ("\\boxed{7} is wrong.", None),
+        ("Not \\boxed{7}", None),
+        ("I don't think it is \\boxed{7}", None),
+        ("It cannot be $\\boxed{7}$.", None),
+        ("The wrong answer is 7", None),
+        ("The answer is 7. Actually no: it is 8.", "8"),
+        ("The answer is 7.\nThat is wrong.", None),
+        ("Answer: 8, not 7", "8"),
+        ("\\boxed{7} is the answer. It is not 8.", "7"),
+        ("The answer is 7. This is correct.", "7"),
+    ],
+)
+def test_an_answer_that_is_denied_or_taken_back_is_none(text, expected):
     assert extract_answer(text) == expected
 
 
@@ -87,8 +144,12 @@ def test_white_space_after_the_answer_does_not_hide_it():
 
 
 @pytest.mark.parametrize(
-    "unit", ["\\boxed{", "\\boxed{}", "\\boxed{1},", "{", "answer is ", "9", "\\", "1,", "\\frac{1}", "<|", "$"]
-)
+    "unit",
+    [
+        "\\boxed{", "\\boxed{}", "\\boxed{1},", "{", "answer is ", "9", "\\", "1,", "\\frac{1}", "<|", "$", "(", "a ",
+        "not ", "1 and ", "7 is ", "\\(", "x_",
+    ],
+)  # fmt: skip
 def test_a_megabyte_of_hostile_text_is_read_in_linear_time(unit, request):
     start = time.perf_counter()
     extract_answer(unit * (10**6 // len(unit)), FINISH)

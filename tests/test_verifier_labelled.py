@@ -113,6 +113,28 @@ def test_the_documented_history_is_that_of_its_file():
         assert f"{100 * scores['precision']:.1f} % and {100 * scores['recall']:.1f} %" in text
 
 
+def test_the_adversarial_set_is_what_it_was_and_its_rates_are_those_committed(committed):
+    adversarial = committed["adversarial"]
+    assert adversarial["set_sha256"] == hashlib.sha256(QUALITY.ADVERSARIAL.read_bytes()).hexdigest()
+    measured = QUALITY.measure_adversarial(QUALITY.load(QUALITY.ADVERSARIAL), QUALITY.ours)
+    assert adversarial["systems"]["ours"] == measured
+    assert measured["all"]["precision"] >= MIN_PRECISION
+    assert measured["all"]["recall"] >= adversarial["systems"]["math_verify"]["all"]["recall"]
+
+
+def test_the_documented_adversarial_rates_are_those_before_and_after(committed):
+    history = json.loads((RESULTS / "verifier_quality_history.json").read_text())["adversarial"]
+    after = committed["adversarial"]["systems"]
+    left_out = sum(
+        history[key] for key in ("either_verdict_right", "left_out_as_mislabelled_or_undecidable", "repeated")
+    )
+    assert history["rows_written"] - left_out == history["before"]["items"] == after["ours"]["all"]["items"]
+    text = _documentation(QUALITY.BEGIN)
+    for scores in (history["before"], after["ours"]["all"], after["math_verify"]["all"]):
+        assert f"{100 * scores['precision']:.1f} % and {100 * scores['recall']:.1f} %" in text
+    assert f"{history['before']['false_positives']} false positives" in text
+
+
 @pytest.mark.slow
 def test_math_verify_still_scores_what_was_committed(items, committed):
     measured = QUALITY.measure(items, QUALITY.systems()["math_verify"])["all"]

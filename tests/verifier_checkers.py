@@ -1,9 +1,11 @@
 """Checkers that a verifier worker imports in tests, to be slow, greedy or mortal on demand."""
 
 import os
+import signal
 import time
 
 from megatron_oreal.verifier.rules import judge_response
+from megatron_oreal.verifier.untimed import untimed
 
 
 def on_demand(text, stopped, gold, finish_words, stop_words):
@@ -17,6 +19,15 @@ def on_demand(text, stopped, gold, finish_words, stop_words):
         ctypes.string_at(0)
     if text == "exit":
         os._exit(3)
+    if text == "ignore the alarm":
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        time.sleep(60)
+    if text == "import":
+        raise ImportError("cannot import name 'x' from partially initialized module 'y'")
+    if text.startswith("load "):
+        with untimed():
+            time.sleep(float(text.split()[1]))
+        time.sleep(float(text.split()[2]))
     if text == "raise":
         raise KeyError("broken checker")
     if text.startswith("sleep "):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
+
+from megatron_oreal.verifier.ending import denied, final_value, taken_back
 
 MAX_CONCLUSION_CHARS = 50_000
 _MAX_STATEMENT_CHARS = 1_000
 _MAX_LISTED_BOXES = 20
-_MAX_CHARS_AFTER_NUMBER = 40
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _BARE_BOX = re.compile(r"[^\s{}$]+")
@@ -23,11 +23,12 @@ _STATEMENT = re.compile(
     r"(?:(?:then|therefore|thus|hence|indeed|simply|just|given by|equal to)[\s*_:=,]{1,6})?",
     re.IGNORECASE,
 )
-_STATEMENT_END = re.compile(r"\.(?:\s|$)|\n|,?\s(?:because|since|where|which|as)\s|$")
-_DIGITS = r"\d{1,1000}(?:,\d{3}(?!\d)){0,300}(?:\.\d{1,1000})?"
-_NUMBER = re.compile(
-    rf"(?:(?<![\w)}}\]])[-−])?(?:\\[dt]?frac\{{-?\d{{1,1000}}\}}\{{-?\d{{1,1000}}\}}|(?<![\w.]){_DIGITS}(?:/{_DIGITS})?)"
+_NO_STATEMENT = re.compile(
+    r"(?:\b(?:wrong|incorrect|false|not|naive|tempting|mistaken|(?:is|was|are) (?:the|this|that|an))|n['’]t)\s+"
+    r"(?:(?:the|an?|correct|right|final)\s+){0,2}\Z",
+    re.IGNORECASE,
 )
+_STATEMENT_END = re.compile(r"\.(?:\s|$)|\n|,?\s(?:because|since|where|which|as)\s|,\s(?:not|rather than)\s|$")
 
 
 def conclusion(text: str, finish_words: Sequence[str], stop_words: Sequence[str] = ()) -> str:
@@ -50,24 +51,29 @@ def extract_answer(text: str, finish_words: Sequence[str] = (), stop_words: Sequ
     r"""Return the final answer of a response, or None when it states none.
 
     In order: the last complete ``\boxed{...}`` (nested braces; several that only commas, "and" or "or" separate are one
-    list), the last "the answer is ..." or "answer: ...", the number that it ends on. Only the conclusion counts (see
-    ``conclusion``), and no number in a box that is never closed.
+    list), the last "the answer is ..." or "answer: ...", the value that it ends on. An answer that the words around it
+    deny ("not 7", "7 is wrong") is none. Only the conclusion counts (see ``conclusion``), and after a box that is never
+    closed no value but a stated one.
     """
     text = conclusion(text, finish_words, stop_words)
     boxes, unclosed = _boxes(text)
-    return _last_boxes(text, boxes) or _last_statement(text) or _last_number(text[:unclosed])
+    while boxes and not text[boxes[-1][1] : boxes[-1][2]].strip():
+        boxes.pop()
+    if boxes and denied(text[max(0, boxes[-1][0] - 60) : boxes[-1][0]], text[boxes[-1][3] : boxes[-1][3] + 200]):
+        return _last_statement(text[boxes[-1][3] :])
+    return _last_boxes(text, boxes) or _last_statement(text) or (None if unclosed else final_value(text))
 
 
-def _boxes(text: str) -> tuple[list[tuple[int, int, int, int]], int | None]:
-    """Return (start, start of the content, its end, end) of every box, and where the last unclosed one starts."""
+def _boxes(text: str) -> tuple[list[tuple[int, int, int, int]], bool]:
+    """Return (start, start of the content, its end, end) of every box, and whether one is never closed."""
     closing = _closing_braces(text)
-    boxes, unclosed = [], None
+    boxes, unclosed = [], False
     for box in _BOX.finditer(text):
         at = box.end()
         if at < len(text) and text[at] == "{":
             end = closing.get(at)
             if end is None:
-                unclosed = box.start()
+                unclosed = True
             else:
                 boxes.append((box.start(), at + 1, end, end + 1))
         elif bare := _BARE_BOX.match(text, at):
@@ -76,9 +82,7 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, int, int]], int | None]:
 
 
 def _last_boxes(text: str, boxes: list[tuple[int, int, int, int]]) -> str | None:
-    """Return the content of the last box that has one, with those it is listed with; sliced only where needed."""
-    while boxes and not text[boxes[-1][1] : boxes[-1][2]].strip():
-        boxes.pop()
+    """Return the content of the last box, with those it is listed with; sliced only where needed."""
     if not boxes:
         return None
     start = boxes[-1][0]
@@ -109,6 +113,8 @@ def _closing_braces(text: str) -> dict[int, int]:
 
 def _last_statement(text: str) -> str | None:
     for statement in reversed(list(_STATEMENT.finditer(text))):
+        if _NO_STATEMENT.search(text[max(0, statement.start() - 40) : statement.start()]):
+            continue
         rest = text[statement.end() : statement.end() + _MAX_STATEMENT_CHARS]
         for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
             if rest.startswith(opening) and (end := _unescaped(closing).search(rest, len(opening))):
@@ -117,8 +123,9 @@ def _last_statement(text: str) -> str | None:
         else:
             end_match = _STATEMENT_END.search(rest)
             rest = rest[: end_match.start()] if end_match else rest
-        if rest := rest.strip(" \t*_`"):
-            return rest
+        if stated := rest.strip(" \t*_`"):
+            after = text[statement.end() :].partition(stated)[2]
+            return None if denied("", after) or taken_back(after) else stated
     return None
 
 
@@ -126,13 +133,3 @@ def _last_statement(text: str) -> str | None:
 def _unescaped(delimiter: str) -> re.Pattern[str]:
     r"""Match a closing delimiter; ``\$`` is money."""
     return re.compile((r"(?<!\\)" if delimiter[0] == "$" else "") + re.escape(delimiter))
-
-
-def _last_number(text: str) -> str | None:
-    """Return the number that the text ends on; none when it ends in a question or goes on about something else."""
-    text = text[-_MAX_STATEMENT_CHARS * 5 :].rstrip()
-    if text.endswith("?"):
-        return None
-    numbers = deque(_NUMBER.finditer(text), maxlen=1)
-    last = numbers[0] if numbers else None
-    return last.group() if last and len(text) - last.end() <= _MAX_CHARS_AFTER_NUMBER else None

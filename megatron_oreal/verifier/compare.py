@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeVar
@@ -9,10 +10,21 @@ from typing import TypeVar
 from megatron_oreal.verifier import grammar, values
 from megatron_oreal.verifier.grammar import Node, TooLargeError, UnreadableError
 from megatron_oreal.verifier.notation import squeeze
-from megatron_oreal.verifier.shape import Equation, Interval, Intervals, Opaque, Scalar, Sequence, Shape, as_intervals
+from megatron_oreal.verifier.shape import (
+    RATIO,
+    Equation,
+    Interval,
+    Intervals,
+    Opaque,
+    Scalar,
+    Sequence,
+    Shape,
+    as_intervals,
+)
 from megatron_oreal.verifier.units import split_unit
 
 T = TypeVar("T")
+_WORD = re.compile(r'"\s*(?P<quoted>[A-Za-z]{2,40})\s*"|(?P<bare>[A-Za-z]{2,40})')
 
 
 class Undecided(Exception):  # noqa: N818  (an outcome, not a mistake)
@@ -51,12 +63,18 @@ def _node(side: str, text: str) -> Node:
 
 def _same_scalar(gold: Scalar, answer: Scalar) -> bool:
     if gold.label and answer.label and gold.label != answer.label:
+        return _same_relation(gold, answer)
+    if ("|" in (answer.label or "") and gold.label is None) or _is_false(answer):  # |x| = 7 leaves the sign open
         return False
     if squeeze(gold.text) == squeeze(answer.text):
         return True
+    if (words := _same_words(gold.text, answer.text)) is not None:
+        return words
     gold_text, gold_unit = split_unit(gold.text)
     answer_text, answer_unit = split_unit(answer.text)
     if gold_unit and answer_unit and gold_unit != answer_unit:
+        return False
+    if (answer_unit or "").startswith("base ") and not gold_unit:
         return False
     if answer_unit == "%" and not gold_unit and _is_share(gold_text):
         return _same_value(gold_text, f"({answer_text})/100")
@@ -68,6 +86,39 @@ def _same_scalar(gold: Scalar, answer: Scalar) -> bool:
     if answer_unit == "%" and not gold_unit:
         return _same_value(gold_text, f"({answer_text})/100")
     return False
+
+
+def _is_false(answer: Scalar) -> bool:
+    """Tell whether a value is said to result from arithmetic that gives another, as in 3 + 5 = 7."""
+    if answer.claim is None:
+        return False
+    try:
+        claimed, found = values.exact(_parse(answer.claim)), values.exact(_parse(answer.text))
+    except ValueError:
+        return False
+    return claimed is not None and found is not None and claimed != found
+
+
+def _same_relation(gold: Scalar, answer: Scalar) -> bool:
+    """Compare assignments to different things as equations, y = x with x = y; what cannot be read differs."""
+    try:
+        return _same_equation(gold, answer)
+    except Undecided:
+        return False
+
+
+def _same_words(gold: str, answer: str) -> bool | None:
+    """Compare two words, quoted or bare; None where one is none. A bare run of letters is first of all a text.
+
+    A run in capitals names points, so that AB is not ab; letters in another order are no answer without a judge.
+    """
+    found = _WORD.fullmatch(gold), _WORD.fullmatch(answer)
+    if not found[0] or not found[1]:
+        return None
+    left, right = (match["quoted"] or match["bare"] for match in found if match)
+    if left.casefold() == right.casefold():
+        return left == right or not (left.isupper() or right.isupper()) or min(len(left), len(right)) > 3
+    return False if all(match and match["bare"] and match["bare"].islower() for match in found) else None
 
 
 def _is_share(text: str) -> bool:
@@ -134,6 +185,8 @@ def _same_sequence(gold: Sequence, answer: Sequence) -> bool:
     if gold.label and answer.label and gold.label != answer.label:
         return False
     kinds = {gold.kind, answer.kind}
+    if RATIO in (gold.brackets, answer.brackets):
+        return gold.brackets == answer.brackets and _same_ratio(gold.items, answer.items)
     if "tuple" in kinds:
         if "set" in kinds or not _brackets_agree(gold, answer) or len(gold.items) != len(answer.items):
             return False
@@ -146,6 +199,18 @@ def _same_sequence(gold: Sequence, answer: Sequence) -> bool:
     if _names_differ(gold) != _names_differ(answer) and not (_names(gold) and _names(answer)):
         return _same_in_order(gold, answer)
     return _match(list(gold.items), list(answer.items), same)
+
+
+def _same_ratio(gold: tuple[Shape, ...], answer: tuple[Shape, ...]) -> bool:
+    """Compare a : b : c up to a common factor; with two digits in a later term (1:30:00) it is a time, and exact."""
+    terms = [(one.text, other.text) for one, other in zip(gold, answer, strict=False)
+             if isinstance(one, Scalar) and isinstance(other, Scalar)]  # fmt: skip
+    if not len(terms) == len(gold) == len(answer):
+        return False
+    if all(re.fullmatch(r"\d\d", text) for pair in terms[1:] for text in pair):
+        return all(_same_value(*pair) for pair in terms)
+    (first, other), *rest = terms
+    return all(_same_value(f"({one})*({other})", f"({two})*({first})") for one, two in rest)
 
 
 def _same_in_order(gold: Sequence, answer: Sequence) -> bool:

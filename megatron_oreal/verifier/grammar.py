@@ -64,8 +64,8 @@ _MIXED_PART = re.compile(r"\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\\frac\s*(\d)(\d
 _SUBSCRIPT = re.compile(r"_(?:\{([\w+\-, ]{1,20})\}|(\w))")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
-_SHORT_WORDS = frozenset(("yes", "no", "odd", "red", "dne"))
 _MINUS_ONE = Node("neg", (Node("num", value=Fraction(1)),))
+_ARTICLE = re.compile(r"\A(?:an?|the) (?=\w{2})")
 _NAME = re.compile(r"\\?([A-Za-z]+)")
 
 
@@ -240,7 +240,7 @@ class _Parser:
         self.at = end + 1
         if not word:
             raise UnreadableError("empty text")
-        return self.symbol(word if len(word) == 1 else "word " + word.casefold())
+        return self.symbol(word if len(word) == 1 else "word " + _ARTICLE.sub("", word.casefold()))
 
     def symbol(self, name: str) -> Node:
         if subscript := _SUBSCRIPT.match(self.text, self.at):
@@ -265,7 +265,7 @@ class _Parser:
             node = self.named(run)
             self.depth -= 1
             return node
-        if len(run) >= 4 or run in _SHORT_WORDS or (len(run) >= 2 and not run.islower()):
+        if len(run) >= 4 or (len(run) >= 2 and not run.islower()):
             self.at = end
             return self.symbol("word " + (run.casefold() if not run.isupper() else run))
         self.at += 1

@@ -47,7 +47,7 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (rf"\\lt{_END}", "<"),
         (rf"\\gt{_END}", ">"),
         (rf"\\neq?{_END}|\\not\s*=", "!="),
-        (r"\\p?mod\s*\{(\w{1,20})\}|\\p?mod\s+(\w{1,20})|\(\s*(?:\\mod|mod)\s+(\w{1,20})\)", r'"mod \1\2\3"'),
+        (r"\\p?mod\s*\{(\w{1,20})\}|\\p?mod\s+(\w{1,20})|\(\s*(?:\\mod|mod)\s+(\w{1,20})\)", r'"(mod \1\2\3)"'),
         (rf"\\equiv{_END}(?=.*mod)", "="),
         (rf"{_DECIMAL})\\dot\s*\{{?(\d)\}}?", r"\1\\overline{\2}"),
         (rf"{_DECIMAL})\((\d{{1,50}})\)", r"\1\\overline{\2}"),
@@ -74,6 +74,9 @@ _TEXT = re.compile(
 _CHOICES = re.compile(r"\([A-J]\)(?:\s*(?:,|and|or)\s*\(?[A-J]\)?)*|[A-J](?:\s*(?:,|and|or)\s*[A-J])+")
 _WORD_LIST = re.compile(r"[A-Za-z]{2,20}(?:\s*(?:,|;|\band\b|\bor\b)\s*[A-Za-z]{2,20})+")
 _CONJUNCTION = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*,?\s*", re.IGNORECASE)
+_INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff\ufe0e\ufe0f\u20e3]")
+_DOES_NOT_EXIST = re.compile(r'\s*"?\s*(?:does\s+not\s+exist|DNE)\s*"?\s*', re.IGNORECASE)
+_INFINITY = re.compile(r'\s*(?P<sign>[+-]?)\s*"?\s*(?P<word>(?:positive |negative )?infinity)\s*"?\s*', re.IGNORECASE)
 _NO_SOLUTION = re.compile(r'\s*"?\s*(?:no\s+(?:real\s+)?solutions?|(?:the\s+)?empty\s+set|none)\s*"?\s*', re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?!\d| \d)")
@@ -82,7 +85,7 @@ _SPACED_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?!\d| \d)")
 def clean(text: str) -> str:
     r"""Normalise notation; linear in the length of ``text``. An enclosing ``\boxed{}`` is opened."""
     # One space for many: the patterns here and in units take time that grows fast with the length of a run of spaces.
-    text = re.sub(r"\s+", " ", text.translate(_UNICODE)).strip().strip("`")
+    text = re.sub(r"\s+", " ", _INVISIBLE.sub("", text.translate(_UNICODE))).strip().strip("`")
     text = text.removeprefix("**").removesuffix("**").strip()
     for box in (r"\boxed{", r"\fbox{"):
         if text.startswith(box) and closing_brace(text, len(box) - 1) == len(text) - 1:
@@ -95,6 +98,11 @@ def clean(text: str) -> str:
     text = re.sub(r"(?:\.(?!\d)|[,;:\s]|(?<!\\)\\(?=\s*\Z))+\Z", "", text)
     if _NO_SOLUTION.fullmatch(text) or text.replace(" ", "") in (SET_OPEN + SET_CLOSE, "{}"):
         return r"\emptyset"
+    if _DOES_NOT_EXIST.fullmatch(text):
+        return '"does not exist"'
+    if infinity := _INFINITY.fullmatch(text):
+        sign = "-" if infinity["word"].lower().startswith("neg") else ""
+        return f"{infinity['sign']}{sign}\\infty"
     return _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
 
 

@@ -1,9 +1,10 @@
 """The rule checker: is this answer the gold answer?
 
 Conventions: a unit, percent, degree or currency sign that only one of the two has is ignored (but 0.5 is not 0.5%);
-"million" is part of the value; a number to a base is not its decimal value; plus-minus stands for both values; order
-matters in tuples, not in sets or in lists of solutions; ``x = 5`` is 5; an inequality is its interval; a decimal equals
-a fraction only exactly; equivalent closed forms are equal.
+"million" is part of the value; a number to a base is not its decimal value, nor is one to a base that only the answer
+names; plus-minus stands for both values; order matters in tuples, not in sets or in lists of solutions; ``x = 5`` is 5;
+an inequality is its interval; a decimal equals a fraction only exactly; equivalent closed forms are equal, which means:
+wherever the gold answer has a real value.
 
 Plain numbers are decided first, without a parser; then come the structure (``shape``) and the values (``values``);
 math-verify sees only what is left (``symbolic``).
@@ -36,6 +37,11 @@ _CHOICE = re.compile(
     r"(?P<rest>\s*\Z|(?<=\)).*|[.:)].*)",
     re.IGNORECASE | re.DOTALL,
 )
+
+_OTHER_CHOICE = re.compile(
+    r"\(\s*[A-Ja-j]\s*\)|(?<![A-Za-z\\])[A-J](?![A-Za-z]|\s[a-z])|\b(?:not?|wrong|incorrect|false|neither|nor|never)\b|n't\b"
+)
+_JOINED = re.compile(r'[\s".:)]*(?:[,;&/+]|\band\b|\bor\b)')
 
 
 def judge_response(
@@ -92,7 +98,8 @@ def _check_notation(answer: str, text: str, gold: str) -> Judgement:
     if choice := _GOLD_CHOICE.fullmatch(gold):
         given = _CHOICE.fullmatch(text)
         if given and (given["upper"] is None or given["upper"].isupper()):
-            return _verdict((given["lower"] or given["upper"]).upper() == choice.group(1), answer)
+            hedged = _JOINED.match(given["rest"]) or _OTHER_CHOICE.search(given["rest"])
+            return _verdict(not hedged and (given["lower"] or given["upper"]).upper() == choice.group(1), answer)
     if (described := _GOLD_DESCRIBED.fullmatch(gold)) and not _GOLD_DESCRIBED.fullmatch(text):
         letter, gold = described.groups()
         if given := _GOLD_CHOICE.fullmatch(text):

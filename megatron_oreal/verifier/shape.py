@@ -9,14 +9,20 @@ from megatron_oreal.verifier.notation import SET_CLOSE, SET_OPEN, split, split_c
 
 _MAX_DEPTH = 8
 _MAX_ITEMS = 200
+RATIO = "::"
+"""The brackets of a tuple that is a ratio of three or more terms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """One value; ``label`` is the symbol it is assigned to ("x" of ``x = 5``), None without one."""
+    """One value; ``label`` is what it is assigned to ("x" of ``x = 5``, "x+y" of ``x + y = 5``), None without one.
+
+    ``claim`` is the arithmetic that it is said to result from ("2 + 3" of ``2 + 3 = 5``).
+    """
 
     text: str
     label: str | None = None
+    claim: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,10 @@ _APPLICATION = re.compile(r"(?<=[A-Za-z'])\s*\(\s*-?\w+(?:\s*,\s*-?\w+)*\s*\)")
 _QUOTED = re.compile(r'"[^"]*"')
 _LABEL = re.compile(r"(?:[A-Za-z'(),|\s+*\-]|\\[a-zA-Z]+)+")
 _VALUE_COMMAND = re.compile(r"\\?(?:frac|sqrt|sin|cos|tan|log|ln|binom|pi|pm|mp|infty)(?![a-z])|-?\s*\\?(?:e|i)\s*\Z")
+_COMPOUND = re.compile(r"(?:[a-z|\s+*\-]|\\(?!angle|triangle)[a-zA-Z]+(?![a-zA-Z]))+|[A-Z](?:\s*[+*\-]\s*[A-Z])+")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_DENIAL = re.compile(r"\b(?:not|non|wrong|incorrect|false|except|without|twice|other)\b", re.IGNORECASE)
+_DISTANCE = re.compile(r"\|\s*[A-Za-z]\s*(?:(?P<sign>[+-])\s*(?P<center>[^|\s][^|]*))?\|")
 _SYMBOL = re.compile(r"\\?[A-Za-z]+'*")
 _REALS = re.compile(r'\\mathbb\s*\{?R\}?|"?\s*all\s+real\s+numbers\s*"?', re.IGNORECASE)
 _REALS_WITHOUT = re.compile(r"\\mathbb\s*\{?R\}?\s*\\(?:setminus|backslash)\s*⦃([^⦃⦄]+)⦄")
@@ -129,6 +139,8 @@ def _read_relation(text: str, depth: int) -> Shape:
         return Intervals(tuple(interval for part in parts if part for interval in part.parts))
     near = split_command(text, "\\approx")
     if len(near) == 2:
+        if label_of(near[0]) is not None and _LITERAL.fullmatch(near[1]):
+            return Opaque(text)  # a rounded whole number is not said to be the value
         text = near[1] if label_of(near[0]) is not None else near[0]
     if any(char in "<>!" for _, char in top_level(text)) and re.search("[<>]|!=", text):
         return _read_inequality(text)
@@ -155,6 +167,8 @@ def label_of(text: str) -> str | None:
     bare = _QUOTED.sub("a", _APPLICATION.sub("", _SUBSCRIPT.sub("", text))).strip()
     if not _LABEL.fullmatch(bare) or bare.startswith("-") or _VALUE_COMMAND.search(bare):
         return None
+    if '"' in text and (_DENIAL.search(text) or re.search("[a-z]", _COMMAND.sub("", _QUOTED.sub("", text)))):
+        return None  # "twice" x and everything "except" are no names
     return "".join(text.split()) if _SYMBOL.fullmatch(bare) and '"' not in text else ""
 
 
@@ -166,15 +180,19 @@ def _read_equation(sides: list[str], depth: int) -> Shape:
         return Equation(sides[0], sides[-1]) if len(sides) == 2 else Opaque("=".join(sides))
     if label is None and _LITERAL.fullmatch(sides[0]) and _LITERAL.fullmatch(sides[-1]) and sides[0] != sides[-1]:
         return Equation(sides[0], sides[-1])
+    if label == "" and _COMPOUND.fullmatch(_SUBSCRIPT.sub("", sides[0])):
+        label = "".join(sides[0].split())
     value = _read(sides[-1], depth + 1)
     if isinstance(value, (Scalar, Sequence)) and label:
         return replace(value, label=label)
-    return value
+    return replace(value, claim=sides[0]) if isinstance(value, Scalar) and label is None else value
 
 
 def _read_inequality(text: str) -> Shape:
     marks = _COMPARISON.findall(text)
     sides = [side.strip() for side in _COMPARISON.split(text)]
+    if distance := _DISTANCE.fullmatch(sides[0]) if len(sides) == 2 else None:
+        return _read_distance(distance, sides[1], marks[0])
     other_than = re.split(r"!=", text)
     if len(other_than) == 2 and not marks and label_of(other_than[0]) and label_of(other_than[1]) is None:
         return all_but(other_than[1].strip())
@@ -190,6 +208,15 @@ def _read_inequality(text: str) -> Shape:
     if len(sides) == 2 and label_of(sides[1]) and label_of(sides[0]) is None:
         return Intervals((interval(sides[0], "\\infty", opens[0], True),))
     return Opaque(text)
+
+
+def _read_distance(distance: re.Match[str], radius: str, mark: str) -> Shape:
+    """Read ``|x - c| < r`` as the interval around c, ``|x - c| > r`` as what lies outside it."""
+    center = f"{'+' if distance['sign'] == '-' else '-'}({distance['center']})" if distance["sign"] else ""
+    low, high, is_open = f"-({radius}){center}", f"({radius}){center}", "=" not in mark
+    if mark[0] == "<":
+        return Intervals((interval(low, high, is_open, is_open),))
+    return Intervals((interval("-\\infty", low, True, is_open), interval(high, "\\infty", is_open, True)))
 
 
 def all_but(point: str) -> Intervals:
@@ -211,6 +238,8 @@ def _read_brackets(text: str, depth: int) -> Shape:
         return Sequence("tuple", tuple(read_rows), brackets="||" if matrix.group(1)[0] in "vV" else "matrix")
     if _REALS.fullmatch(text):
         return Intervals((interval("-\\infty", "\\infty", True, True),))
+    if len(parts := split(text, ":")) > 2 and all(parts):
+        return Sequence("tuple", tuple(_read(part, depth + 1) for part in parts), brackets=RATIO)
     if len(text) < 2 or not _encloses(text):
         return Scalar(text)
     inner, brackets = text[1:-1], text[0] + text[-1]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_oreal.verifier.notation import SET_CLOSE, SET_OPEN
+from megatron_oreal.verifier.untimed import untimed
 
 MAX_CHARS = 400
 _COMMANDS = frozenset((
@@ -75,9 +76,10 @@ def read(text: str) -> Any | None:
     if not is_safe(latex):
         return None
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    from latex2sympy2_extended import NormalizationConfig  # sympy takes a second to import
-    from math_verify import LatexExtractionConfig, parse
-    from sympy import Float, Rational
+    with untimed():  # sympy takes a second to import
+        from latex2sympy2_extended import NormalizationConfig
+        from math_verify import LatexExtractionConfig, parse
+        from sympy import Float, Rational
 
     normal = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normal)

@@ -1,7 +1,8 @@
-"""Values of closed forms: exact where rational, else 120 digits at fixed sample points; every size bounded beforehand.
+"""Values of closed forms: exact where rational, else 160 digits or more at fixed sample points; every size bounded.
 
-Two expressions are equal when they agree to ``AGREEMENT`` relative at every sample point where both are defined over
-the reals. A rational number is only ever compared exactly: 0.333 is not 1/3, and no decimal is pi.
+An answer equals the gold answer when it has the same value at every sample point where the gold answer has a real one.
+A rational number is only ever compared exactly: 0.333 is not 1/3, and no decimal is pi. Where numbers far from 1 occur
+on the way, digits are added in proportion: e^300 is not e^300 + 1, and e^-1000 is not 0.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from typing import Any
 
 from megatron_oreal.verifier.grammar import Node, TooLargeError
 
-DIGITS = 120
+DIGITS = 160
+MAX_DIGITS, MAX_DIGITS_AT_POINTS = 12_000, 800
+AGREEMENT = 100
+"""Decimal places, beyond those of the smallest number met, to which equal values agree."""
 MAX_EXACT_BITS = 200_000
 MAX_EXPONENT_BITS = 1_000_000
 MAX_FACTORIAL = 10_000
-_NUM_POINTS = 8
+_SIZES = (1, 3, Fraction(1, 3), 30, 700, Fraction(1, 100))
+"""Magnitudes of the sample points: every one with positive signs, then with mixed (of one symbol: negative) signs."""
+_INTEGERS = (2, 7, 12, 5)
+_FAR = 4.0
 _MIN_POINTS = 2
 
 
@@ -34,25 +41,63 @@ def symbols(node: Node) -> frozenset[str]:
     return frozenset().union(*(symbols(arg) for arg in node.args))
 
 
-def equal(left: Node, right: Node) -> bool | None:
-    """Compare two closed forms; None when no sample point could tell. Raises ``TooLargeError``."""
-    names = sorted(symbols(left) | symbols(right))
+def equal(gold: Node, answer: Node) -> bool | None:
+    """Compare two closed forms; None when no sample point could tell. Raises ``TooLargeError``.
+
+    Without a value where the gold answer has one, an answer is another function: ln x is not ln |x|. At integers, where
+    a removable singularity may lie, such points are left out.
+    """
+    names = sorted(symbols(gold) | symbols(answer))
     if not names:
-        exact_left, exact_right = _exact_or_none(left), _exact_or_none(right)
-        if exact_left is not None and exact_right is not None:
-            return exact_left == exact_right
-    agreed = 0
+        exact_gold, exact_answer = _exact_or_none(gold), _exact_or_none(answer)
+        if exact_gold is not None and exact_answer is not None:
+            return exact_gold == exact_answer
+        return _equal_at({}, gold, answer)
+    agreed, too_large = 0, None
     for point in _points(names):
         try:
-            at_left, at_right = _Numeric(point).value(left), _Numeric(point).value(right)
-        except UndefinedError:
+            outcome = _equal_at(point, gold, answer)
+        except TooLargeError as error:
+            if not _is_far(point):
+                raise
+            too_large = error
             continue
-        if not agree(at_left, at_right):
+        if outcome is False:
             return False
-        agreed += 1
-        if not names:
-            return True
+        agreed += outcome is True
+    if agreed < _MIN_POINTS and too_large is not None:
+        raise too_large
     return True if agreed >= _MIN_POINTS else None
+
+
+def _is_far(point: Mapping[str, Fraction]) -> bool:
+    return any(abs(value) > _FAR for value in point.values())
+
+
+def _equal_at(point: Mapping[str, Fraction], gold: Node, answer: Node) -> bool | None:
+    """Compare at one point; None where the gold answer has no value, or where it would take too many digits to tell."""
+    first = _Numeric(point)
+    try:
+        at_gold = first.value(gold)
+    except UndefinedError:
+        return None
+    try:
+        at_answer = first.value(answer)
+    except UndefinedError:
+        return None if point and all(value.denominator == 1 for value in point.values()) else False
+    ten, difference = first.mp.mpf(10), abs(at_gold - at_answer)
+    if difference > max(abs(at_gold), abs(at_answer)) * ten**-20 and difference > ten ** (first.top + 40 - DIGITS):
+        return False
+    digits, tolerance = AGREEMENT + 40 + 2 * first.extent, ten ** -(AGREEMENT + first.extent)
+    if digits <= DIGITS:
+        return bool(difference <= tolerance)
+    if digits > (MAX_DIGITS_AT_POINTS if point else MAX_DIGITS):
+        return None
+    finer = _Numeric(point, digits)
+    try:
+        return bool(abs(finer.value(gold) - finer.value(answer)) <= tolerance)
+    except UndefinedError:
+        return None
 
 
 def less(left: Node, right: Node) -> bool:
@@ -72,10 +117,14 @@ def proportional(left: Node, right: Node) -> bool | None:
     if symbols(left) != symbols(right):
         return False
     ratios = []
-    for point in _points(names):
+    for point in _generic_points(names):
         try:
             at_left, at_right = _Numeric(point).value(left), _Numeric(point).value(right)
         except UndefinedError:
+            continue
+        except TooLargeError:
+            if not _is_far(point):
+                raise
             continue
         if at_left == 0 or at_right == 0:
             return False
@@ -86,32 +135,40 @@ def proportional(left: Node, right: Node) -> bool | None:
 
 
 def agree(left: Any, right: Any) -> bool:
-    """Compare two mpmath values to 100 of their 120 digits."""
-    mp = _context()
-    scale = max(abs(left), abs(right), mp.mpf(10) ** -20)
-    return bool(abs(left - right) <= scale * mp.mpf(10) ** (20 - DIGITS))
+    """Compare two mpmath values to 60 of their 160 digits, relative to the larger."""
+    return bool(abs(left - right) <= max(abs(left), abs(right)) * _context().mpf(10) ** -60)
 
 
-@lru_cache(maxsize=1)
-def _context() -> Any:
+@lru_cache(maxsize=8)
+def _context(digits: int = DIGITS) -> Any:
     import mpmath  # plain arithmetic never needs it
 
     context = mpmath.MPContext()
-    context.dps = DIGITS
+    context.dps = digits
     return context
 
 
 def _points(names: list[str]) -> list[dict[str, Fraction]]:
-    """Return fixed pseudo-random rationals: half of the points positive, half of either sign."""
-    if not names:
-        return [{}]
+    """Return the generic points, then points of positive integers."""
+    integers = [
+        {name: Fraction(_INTEGERS[(first + index) % len(_INTEGERS)]) for index, name in enumerate(names)}
+        for first in range(len(_INTEGERS))
+    ]
+    return [*_generic_points(names), *integers]
+
+
+def _generic_points(names: list[str]) -> list[dict[str, Fraction]]:
+    """Return fixed pseudo-random rationals of every size: half of the points positive, half of mixed signs."""
     source = random.Random(20250206)
     points = []
-    for index in range(_NUM_POINTS):
-        positive = index < _NUM_POINTS // 2
-        magnitudes = [Fraction(source.randrange(10**6, 4 * 10**6), 999_983) for _ in names]
-        signs = [1 if positive else source.choice((-1, 1)) for _ in names]
-        points.append({name: sign * size for name, sign, size in zip(names, signs, magnitudes, strict=True)})
+    for index in range(2 * len(_SIZES)):
+        sizes = [_SIZES[index % len(_SIZES)], *source.choices(_SIZES, k=len(names))]
+        signs = [1 if index < len(_SIZES) else -1, *source.choices((-1, 1), k=len(names))]
+        point = {}
+        for name, size, sign in zip(names, sizes, signs, strict=False):
+            drawn = Fraction(source.randrange(10**6, 14 * 10**5), 999_983)
+            point[name] = (sign if index >= len(_SIZES) else 1) * size * drawn
+        points.append(point)
     return points
 
 
@@ -206,8 +263,10 @@ _EXACT: Mapping[str, Callable[..., Fraction | None]] = {
 class _Numeric:
     """Evaluates at one point. With symbols the domain is the reals: a root or a logarithm outside it is undefined."""
 
-    def __init__(self, point: Mapping[str, Fraction]) -> None:
-        self.mp, self.point = _context(), point
+    def __init__(self, point: Mapping[str, Fraction], digits: int = DIGITS) -> None:
+        self.mp = _context(digits if digits == DIGITS else -(-digits // 200) * 200)
+        self.point = point
+        self.top, self.extent = 0, 0  # decimal exponents met: the largest, and the farthest from 0
 
     def value(self, node: Node) -> Any:
         try:
@@ -218,7 +277,7 @@ class _Numeric:
     def _value(self, node: Node) -> Any:
         mp = self.mp
         if node.op == "num":
-            return self.rational(_bounded(node.value))
+            return self.finite(self.rational(_bounded(node.value)))
         if node.op == "sym":
             return self.rational(self.point[node.value])
         if node.op == "const":
@@ -233,8 +292,13 @@ class _Numeric:
         mp = self.mp
         if not mp.isfinite(value):
             raise UndefinedError("not finite")
-        if abs(value) and mp.mag(value) > MAX_EXPONENT_BITS:
+        if not value:
+            return value
+        bits = int(mp.mag(value))
+        if bits > MAX_EXPONENT_BITS:
             raise TooLargeError("a number beyond the numeric range")
+        self.top = max(self.top, bits * 3 // 10 + 1)
+        self.extent = max(self.extent, abs(bits) * 31 // 100)
         return value
 
     def real(self, value: Any) -> Any:
@@ -248,7 +312,7 @@ class _Numeric:
         if mp.im(value) != 0 or mp.mag(value) > 60:
             return None
         nearest = int(mp.nint(mp.re(value)))
-        return nearest if agree(mp.mpf(nearest), value) else None
+        return nearest if value == nearest or (nearest and agree(mp.mpf(nearest), value)) else None
 
     def apply(self, op: str, values: list[Any]) -> Any:
         mp = self.mp
@@ -284,7 +348,10 @@ class _Numeric:
             raise TooLargeError("a function of a number beyond the numeric range")
         name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(op, op)
         name = {"arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh"}.get(name, name)
-        return getattr(mp, name)(value)
+        result = getattr(mp, name)(value)
+        if self.point and mp.im(result) != 0 and mp.im(value) == 0:
+            raise UndefinedError("not real")
+        return result
 
     def power(self, base: Any, exponent: Any) -> Any:
         mp = self.mp
@@ -297,6 +364,10 @@ class _Numeric:
         whole = self.whole(exponent)
         if whole is not None:
             return base**whole
+        if self.point and mp.im(base) == 0 and base < 0 and mp.im(exponent) == 0:
+            for degree in (3, 5, 7, 9):
+                if (top := self.whole(exponent * degree)) is not None:
+                    return self.root(base, mp.mpf(degree)) ** top
         return mp.power(self.real(base), exponent)
 
     def root(self, radicand: Any, index: Any) -> Any:
