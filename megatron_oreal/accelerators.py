@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform as host
 import subprocess
 import sys
@@ -33,9 +34,9 @@ Status = Literal["active", "idle", "missing", "broken"]
 class Part:
     """One accelerated part.
 
-    ``status``: ``active``, in use on this machine; ``idle``, installed but without its device or behind a better one;
-    ``missing``; ``broken``, installed but not to be loaded. ``detail``: version, path or reason. ``instead``: what does
-    its work when it is not active.
+    ``status``: ``active``, in use on this machine; ``idle``, installed but without its device, switched off or behind a
+    better one; ``missing``; ``broken``, installed but not to be loaded or run. ``detail``: version, path or reason.
+    ``instead``: what does its work when it is not active.
     """
 
     name: str
@@ -156,8 +157,10 @@ def _own_kernels(has_cuda: bool) -> list[Part]:
     reason = choice.line.removeprefix("loss kernels: ")
     if choice.kernels is not None:
         return [Part("loss kernels", "active", f"{reason}, ABI {ABI_VERSION}", instead)]
+    off = os.environ.get("OREAL_KERNELS") == "0"
     if has_cuda:
-        return [Part("loss kernels", "broken" if path.is_file() else "missing", reason, instead)]
+        installed: Status = "idle" if off else "broken"
+        return [Part("loss kernels", installed if path.is_file() else "missing", reason, instead)]
     if not path.is_file():
         compiler = nvcc.find_nvcc()
         mend = f"pip install compiles them with {compiler}" if compiler else "no nvcc found (set OREAL_NVCC)"
@@ -167,7 +170,8 @@ def _own_kernels(has_cuda: bool) -> list[Part]:
     except LibraryError as error:
         return [Part("loss kernels", "broken", str(error), instead)]
     stale = "" if info["sources"] == nvcc.source_hash() else ", older than its sources: pip install -e . again"
-    detail = f"no CUDA device; {path}, sm {info['archs']}, nvcc {info['nvcc']}, ABI {ABI_VERSION}{stale}"
+    setting = ", switched off by OREAL_KERNELS=0" if off else ""
+    detail = f"no CUDA device{setting}; {path}, sm {info['archs']}, nvcc {info['nvcc']}, ABI {ABI_VERSION}{stale}"
     return [Part("loss kernels", "broken" if stale else "idle", detail, instead)]
 
 

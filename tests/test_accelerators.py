@@ -8,6 +8,8 @@ import torch
 from loss_host import host_library
 
 from megatron_oreal import accelerators
+from megatron_oreal.loss import nvcc
+from megatron_oreal.loss.library import KernelChoice
 
 
 @pytest.fixture
@@ -52,6 +54,29 @@ def test_what_needs_a_gpu_is_not_imported_without_one(packages):
     packages("flash_attn", "raise SystemExit('imported')")
     found = part("flash-attn")
     assert (found.status, "no CUDA device" in found.detail) == ("idle", True)
+
+
+def test_kernels_switched_off_are_idle_and_kernels_that_cannot_run_are_broken(monkeypatch, tmp_path):
+    library = tmp_path / "_oreal.so"
+    library.write_bytes(host_library().read_bytes())
+    monkeypatch.setattr(accelerators, "packaged_library", lambda: library)
+    monkeypatch.setattr(nvcc, "source_hash", lambda: "host")  # what the host build names as its sources
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for has_cuda in (True, False):
+        monkeypatch.setenv("OREAL_KERNELS", "0")
+        (found,) = accelerators._own_kernels(has_cuda)
+        assert (found.status, "OREAL_KERNELS=0" in found.detail) == ("idle", True)
+        monkeypatch.setenv("OREAL_KERNELS", "auto")
+        found = accelerators._own_kernels(False)[0]
+        assert (found.status, "OREAL_KERNELS" in found.detail) == ("idle", False)
+    reason = f"{library} cannot run on this device: CUDA driver version is insufficient (code 35)"
+    choice = KernelChoice(None, f"loss kernels: none ({reason}); PyTorch path")
+    monkeypatch.setattr(accelerators, "choose_kernels", lambda device: choice)
+    (found,) = accelerators._own_kernels(True)
+    assert (found.status, reason in found.detail) == ("broken", True)
+    monkeypatch.setenv("OREAL_KERNELS", "0")
+    library.unlink()
+    assert accelerators._own_kernels(True)[0].status == "missing"
 
 
 def test_only_the_first_of_two_fused_adams_is_active(packages, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Building, finding and refusing the kernels' libraries, on a machine without a GPU."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from megatron_oreal.loss.kernels import ABI_VERSION, Kernels, LibraryError
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = {
-    *("oreal_abi_version", "oreal_build_info", "oreal_error_string", "oreal_row_statistics"),
+    *("oreal_abi_version", "oreal_build_info", "oreal_error_string", "oreal_probe", "oreal_row_statistics"),
     *("oreal_combine", "oreal_gradient", "oreal_token_weights"),
 }
 
@@ -69,6 +70,36 @@ def test_a_launch_without_a_gpu_is_an_error_with_cudas_own_words(packaged):
         Kernels(packaged).row_statistics(
             torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64), vocab_start=0, vocab_size=8, temperature=1.0
         )
+
+
+@pytest.fixture
+def driverless(monkeypatch):
+    """A GPU of compute capability 9.0 by name, on a machine whose driver cannot run anything."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    return library._choose.__wrapped__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_library_that_loads_but_cannot_launch_is_not_used(packaged, driverless, monkeypatch, tmp_path):
+    with pytest.raises(LibraryError, match=r"cannot run on this device: .*CUDA.* \(code \d+\)"):
+        Kernels(packaged).probe()
+    monkeypatch.setenv("OREAL_NVCC", str(tmp_path / "absent"))
+    choice = driverless("cuda", 0, "auto")
+    assert choice.kernels is None
+    assert re.search(r"_oreal\.so cannot run on this device: .*CUDA.* no nvcc .*; PyTorch path$", choice.line)
+    for wanted in ("1", str(packaged)):
+        with pytest.raises(UserError, match=r"OREAL_KERNELS.* cannot run on this device"):
+            driverless("cuda", 0, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or nvcc.find_nvcc() is None, reason="no nvcc, or a GPU")
+def test_kernels_compiled_here_are_not_used_either_when_they_cannot_launch(driverless, monkeypatch, tmp_path):
+    monkeypatch.setenv("OREAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "packaged_library", lambda: tmp_path / "absent.so")
+    choice = driverless("cuda", 0, "auto")
+    assert choice.kernels is None
+    assert re.search(r"cache/oreal-\w+\.so cannot run on this device", choice.line)
 
 
 def test_a_library_of_another_abi_is_refused(tmp_path):

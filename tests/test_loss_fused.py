@@ -1,13 +1,16 @@
 """The autograd function of the loss, the same tests for all passes: PyTorch's, the kernels built for the CPU, CUDA."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from loss_host import host_library
 
-from megatron_oreal.loss import TokenCoefficients, policy_loss, token_logprobs
+from megatron_oreal.loss import TokenCoefficients, fused, policy_loss, token_logprobs
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])
 
 
 @pytest.fixture(params=["pytorch", "kernels", CUDA])
@@ -179,9 +182,14 @@ def test_a_second_backward_and_a_second_derivative_are_refused(device):
         total.backward()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+@NEEDS_CUDA
 def test_a_gpu_without_kernels_is_said_once(monkeypatch):
     monkeypatch.setenv("OREAL_KERNELS", "0")
+    fused._say_that_kernels_are_missing.cache_clear()  # an earlier test may have heard it
     logits, labels, coefficients = draw(3, 8, device="cuda")
     with pytest.warns(RuntimeWarning, match="without its CUDA kernels"):
+        policy_loss(logits, labels, coefficients, vocab_size=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         policy_loss(logits, labels, coefficients, vocab_size=8)

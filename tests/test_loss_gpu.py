@@ -19,7 +19,15 @@ from kernel_cases import (
 )
 from loss_host import host_kernels
 
-from megatron_oreal.loss import LossSettings, TokenCoefficients, policy_loss, token_logprobs
+from megatron_oreal.loss import (
+    LossSettings,
+    TokenCoefficients,
+    Vocabulary,
+    chunked,
+    linear_policy_loss,
+    policy_loss,
+    token_logprobs,
+)
 from megatron_oreal.loss.kernels import LABEL_OUTSIDE
 from megatron_oreal.loss.library import kernels_for
 
@@ -225,3 +233,39 @@ def test_the_loss_on_a_gpu_is_the_loss_on_a_cpu(kernels):
     torch.testing.assert_close(
         logp.cpu(), full.div(0.9).log_softmax(1).gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("announced", [1.0, None])
+@pytest.mark.parametrize("one_gemm", [True, False], ids=["one_gemm_if_torch_can", "converted_blocks"])
+def test_the_chunked_head_sums_the_weights_gradient_in_float32_main_grad(kernels, monkeypatch, announced, one_gemm):
+    tokens, hidden_size, width, chunk = 300, 64, 1000, 64
+    monkeypatch.setattr(chunked, "LEAST_TOKENS", 32)
+    if not one_gemm:
+        monkeypatch.setattr(chunked, "_gemm_adds_to_float32", lambda device, dtype: False)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, hidden_size, generator=g).bfloat16().to(CUDA).requires_grad_()
+    weight = torch.nn.Parameter((torch.randn(width, hidden_size, generator=g) * 0.3).bfloat16().to(CUDA))
+    weight.main_grad = torch.full(weight.shape, 0.25, device=CUDA)  # of earlier micro-batches
+    labels = torch.randint(0, width - 10, (tokens,), generator=g).to(CUDA)
+    drawn = draw_coefficients(torch.full((tokens,), -6.0), 0)
+    c = TokenCoefficients(**{name: vector.to(CUDA) for name, vector in drawn.vectors().items()})
+    vocabulary = Vocabulary(width - 10, 0.8)
+    loss = linear_policy_loss(hidden, weight, labels, c, vocabulary, chunk_tokens=chunk, upstream=announced)
+    loss.total.backward()
+
+    slices = chunked.chunk_slices(tokens, chunk)
+    assert len(slices) > 2
+    wanted = torch.zeros(weight.shape, dtype=torch.float64, device=CUDA)
+    total = torch.zeros((), dtype=torch.float64, device=CUDA)
+    for rows in slices:  # the same GEMM's bf16 logits, the products of their gradient in float64
+        logits = (hidden.detach()[rows] @ weight.detach().t()).requires_grad_()
+        part = policy_loss(logits, labels[rows], c[rows], **vars(vocabulary)).total
+        part.backward()
+        total += part.detach()
+        wanted += logits.grad.double().t() @ hidden.detach()[rows].double()
+        of_hidden = logits.grad.double() @ weight.detach().double()
+        assert (hidden.grad[rows].double() - of_hidden).norm() <= 4e-3 * of_hidden.norm()
+    torch.testing.assert_close(loss.total.detach().double(), total, rtol=1e-5, atol=1e-5)
+    assert (weight.main_grad.double() - 0.25 - wanted).norm() <= 3e-4 * wanted.norm()
+    assert (wanted.bfloat16().double() - wanted).norm() > 1e-3 * wanted.norm()  # one rounding to bf16 would be seen
+    assert not weight.grad.any()  # what DistributedDataParallel adds

@@ -3,7 +3,7 @@
 #   benchmarks/gpu/run.sh [--out DIR] [STAGE...]
 # Stages, by default all in this order (seconds at most):
 #   build     90  the kernels for this GPU, warnings and spills are errors; megatron-oreal env
-#   check    240  tests/test_loss_gpu.py
+#   check    240  tests/test_loss_gpu.py, and tests/test_loss_fused.py on the device
 #   sanitize 300  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
 #   kernels  240  copy and matrix-product ceilings, every kernel at TP 1 to 8
 #   tune     240  the kernels with other block sizes
@@ -54,7 +54,7 @@ open('$out/env.json', 'w').write(found.as_json() + '\n')"
 }
 
 check() {
-    "$python" -m pytest -q -p no:cacheprovider -o addopts= -m gpu tests/test_loss_gpu.py
+    "$python" -m pytest -q -p no:cacheprovider -o addopts= -m gpu tests/test_loss_gpu.py tests/test_loss_fused.py
 }
 
 sanitize() {

@@ -60,14 +60,9 @@ def make_coefficients(
     given = [v for v in (scores, weights[0] if weights else None, ref_logp, old_logp) if v is not None]
     device = device or (given[0].device if given else torch.device("cpu"))
     host = host_lengths(lengths, int(lengths.sum()) if isinstance(lengths, Tensor) else sum(lengths))
-    count = sum(host)
     sign, advantage = _per_sequence("rewards", rewards, host), _per_sequence("advantages", advantages, host)
     _check_batch(sign, num_positive_tokens, num_negative_tokens, num_tokens)
-    if settings.kl_anchor == "reference" and settings.kl_coef > 0 and ref_logp is None and count:
-        raise UserError("ref_logp is None; it is needed for kl_coef > 0 with kl_anchor 'reference'")
-    for name, vectors in (("scores", (scores,)), ("weights", weights or ())):
-        if any(vector is not None and vector.shape != (count,) for vector in vectors):
-            raise UserError(f"{name} must be [{count}], one a token")
+    _check_vectors(sum(host), settings, scores, weights, ref_logp)
     pass_rate = None if pass_rates is None else _per_sequence("pass_rates", pass_rates, host)
     positive = _positive_strength(sign, advantage, settings) * settings.positive_loss_factor
     negative = _negative_strength(sign, advantage, pass_rate, settings) * settings.negative_loss_factor
@@ -80,6 +75,20 @@ def make_coefficients(
         negative_form="ratio" if settings.mode == "released" else "log_ratio",
         kl_type=settings.kl_type,
     )
+
+
+def _check_vectors(
+    count: int,
+    settings: LossSettings,
+    scores: Tensor | None,
+    weights: tuple[Tensor, Tensor] | None,
+    ref_logp: Tensor | None,
+) -> None:
+    if settings.kl_anchor == "reference" and settings.kl_coef > 0 and ref_logp is None and count:
+        raise UserError("ref_logp is None; it is needed for kl_coef > 0 with kl_anchor 'reference'")
+    for name, vectors in (("scores", (scores,)), ("weights", weights or ())):
+        if any(vector is not None and vector.shape != (count,) for vector in vectors):
+            raise UserError(f"{name} must be [{count}], one a token")
 
 
 def _fold(

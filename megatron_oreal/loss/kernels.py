@@ -19,7 +19,7 @@ from megatron_oreal.errors import UserError
 from megatron_oreal.loss.coefficients import NegativeForm, TokenCoefficients
 from megatron_oreal.loss.settings import KlType, LossSettings, Mode, Rescale
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LABEL_OUTSIDE = 1
 """Bit of ``status``: a row's label was outside the vocabulary."""
 
@@ -59,11 +59,12 @@ _SIGNATURES: dict[str, list[Any]] = {
     ],
     "oreal_gradient": [ctypes.POINTER(_Logits), _POINTER, _POINTER, _POINTER, _POINTER],
     "oreal_token_weights": [ctypes.POINTER(_TokenWeights), _POINTER],
+    "oreal_probe": [],
 }
 
 
 class LibraryError(RuntimeError):
-    """A shared library that is not ours, has another ABI, or cannot be loaded."""
+    """A shared library that is not ours, has another ABI, or cannot be loaded or run."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ class Kernels:
         text = self._library.oreal_build_info().decode()
         self.build_info = dict(part.split("=", 1) for part in text.split())
         self.device_type = self.build_info["device"]
+
+    def probe(self) -> None:
+        """Load every kernel on the current device, launch none; raises LibraryError where none could be launched."""
+        code = self._library.oreal_probe()
+        if code:
+            raise LibraryError(f"{self.path} cannot run on this device: {self._reason(code)}")
 
     def row_statistics(
         self,
@@ -362,4 +369,7 @@ class Kernels:
         with scope:
             code = getattr(self._library, name)(*arguments, stream)
         if code:
-            raise RuntimeError(f"{name}: {self._library.oreal_error_string(code).decode()} (code {code})")
+            raise RuntimeError(f"{name}: {self._reason(code)}")
+
+    def _reason(self, code: int) -> str:
+        return f"{self._library.oreal_error_string(code).decode()} (code {code})"

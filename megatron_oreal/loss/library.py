@@ -4,7 +4,8 @@ Environment:
 
 ``OREAL_KERNELS``
     ``auto`` (default): use what is found. ``0``: always the PyTorch path. ``1``: without kernels on a CUDA device it is
-    an error. Anything else: path of a library to load; a host build of the kernels (tests/csrc) serves CPU tensors.
+    an error. Anything else: path of a library to load; a host build of the kernels (tests/loss_host.py) serves CPU
+    tensors.
 ``OREAL_CACHE``
     Folder of libraries compiled at run time; default ``$XDG_CACHE_HOME/megatron_oreal`` or
     ``~/.cache/megatron_oreal``. ``OREAL_NVCC``: see nvcc.py.
@@ -67,7 +68,7 @@ def _choose(device_type: str, index: int | None, wanted: str) -> KernelChoice:
     if wanted == "0":
         return KernelChoice(None, "loss kernels: off (OREAL_KERNELS=0); PyTorch path")
     if wanted not in ("auto", "1"):
-        return _explicit(Path(wanted), device_type)
+        return _explicit(Path(wanted), device_type, index)
     if device_type != "cuda":
         return KernelChoice(None, f"loss kernels: none for device {device_type}; PyTorch path")
     capability = torch.cuda.get_device_capability(index)
@@ -75,6 +76,7 @@ def _choose(device_type: str, index: int | None, wanted: str) -> KernelChoice:
     for find in (_packaged, _compiled_here):
         try:
             kernels, how = find(capability)
+            _probe(kernels, index)
             return KernelChoice(kernels, f"loss kernels: {how}, {kernels.path}, sm {kernels.build_info['archs']}")
         except (LibraryError, nvcc.BuildError, OSError) as error:
             reasons.append(str(error))
@@ -84,16 +86,24 @@ def _choose(device_type: str, index: int | None, wanted: str) -> KernelChoice:
     return KernelChoice(None, line)
 
 
-def _explicit(path: Path, device_type: str) -> KernelChoice:
+def _explicit(path: Path, device_type: str, index: int | None) -> KernelChoice:
     if not path.is_file():
         raise UserError(f"OREAL_KERNELS is {str(path)!r}; it must be auto, 0, 1 or the path of a library")
     try:
         kernels = Kernels(path)
+        if kernels.device_type != device_type:
+            line = f"loss kernels: {path} is for {kernels.device_type}; PyTorch path on {device_type}"
+            return KernelChoice(None, line)
+        _probe(kernels, index)
     except LibraryError as error:
         raise UserError(f"OREAL_KERNELS: {error}") from error
-    if kernels.device_type != device_type:
-        return KernelChoice(None, f"loss kernels: {path} is for {kernels.device_type}; PyTorch path on {device_type}")
     return KernelChoice(kernels, f"loss kernels: {path} (OREAL_KERNELS)")
+
+
+def _probe(kernels: Kernels, index: int | None) -> None:
+    """Raises LibraryError unless kernels for CUDA run on the device: what loads may be too new for the driver."""
+    with torch.cuda.device(index) if kernels.device_type == "cuda" else contextlib.nullcontext():
+        kernels.probe()
 
 
 def packaged_library() -> Path:

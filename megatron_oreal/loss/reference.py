@@ -69,24 +69,17 @@ def oreal_loss_reference(
     """
     settings = LossSettings.of(mode=mode, **coefficients)
     _check_tokens(lengths, logp=logp, ref_logp=ref_logp, rm_scores=rm_scores, old_logp=old_logp)
-    signs = _per_sequence("rewards", rewards, len(lengths))
+    signs = _signs(rewards, len(lengths))
     advantage = _per_sequence("advantages", advantages, len(lengths))
-    if any(sign not in (1.0, -1.0) for sign in signs):
-        raise UserError(f"rewards are {signs}; each must be +1 or -1")
-    if pass_rates is None and mode == "paper" and -1.0 in signs:
-        raise UserError("pass_rates is None; mode 'paper' needs one pass rate a sequence when there are negatives")
-    pass_rate = [0.0] * len(lengths) if pass_rates is None else _per_sequence("pass_rates", pass_rates, len(lengths))
+    pass_rate = _pass_rates(pass_rates, signs, mode)
 
     logp = logp.double()
-    ref = ref_logp.detach().double()
     old = logp.detach() if old_logp is None else old_logp.detach().double()
-    anchor = ref if settings.kl_anchor == "reference" else old
+    anchor = ref_logp.detach().double() if settings.kl_anchor == "reference" else old
     num_positive = sum(n for n, sign in zip(lengths, signs, strict=True) if sign > 0)  # N⁺
     num_negative = sum(n for n, sign in zip(lengths, signs, strict=True) if sign < 0)  # N⁻
 
-    zero = logp[:0].sum()  # 0 for an empty set, and backward() still works
-    positive, negative, kl = zero, zero, zero
-    reward_model = logp.new_zeros(()) if rm_scores is None else rm_scores[:0].double().sum()
+    positive = negative = kl = logp[:0].sum()  # 0 for an empty set, and backward() still works
     start = 0
     for i, n in enumerate(lengths):
         y = slice(start, start + n)  # the tokens of sequence i
@@ -99,9 +92,7 @@ def oreal_loss_reference(
             term = _negative_sum(logp[y], old[y], scores, advantage[i], pass_rate[i], settings)
             negative = negative + settings.negative_loss_factor / num_negative * term
         kl = kl + settings.kl_coef / sum(lengths) * _kl_estimate(anchor[y] - logp[y], settings.kl_type).sum()
-        if scores is not None:
-            # BCE(σ(x), 1[R = +1]): −log σ(x) for a positive, −log(1 − σ(x)) = −log σ(−x) for a negative
-            reward_model = reward_model - F.logsigmoid(signs[i] * scores.mean()) / len(lengths)
+    reward_model = logp.new_zeros(()) if rm_scores is None else _reward_model(rm_scores.double(), lengths, signs)
     return OrealLoss(positive + negative + kl, positive, negative, kl, reward_model)
 
 
@@ -127,6 +118,15 @@ def _kl_estimate(delta: Tensor, kl_type: KlType) -> Tensor:
     if kl_type == "k3":
         return delta.exp() - delta - 1
     return delta**2 / 2 if kl_type == "k2" else -delta
+
+
+def _reward_model(scores: Tensor, lengths: Sequence[int], signs: list[float]) -> Tensor:
+    """Mean over the sequences of BCE(σ(x), 1[R = +1]), x the mean score of a sequence."""
+    total = scores[:0].sum()
+    for sign, part in zip(signs, scores.split(list(lengths)), strict=True):
+        # −log σ(x) for a positive, −log(1 − σ(x)) = −log σ(−x) for a negative
+        total = total - F.logsigmoid(sign * part.mean()) / len(lengths)
+    return total
 
 
 def _qualities(scores: Tensor, mode: Mode) -> Tensor:
@@ -183,3 +183,18 @@ def _per_sequence(name: str, values: Sequence[float] | Tensor, count: int) -> li
     if len(numbers) != count:
         raise UserError(f"{name} has {len(numbers)} values for {count} sequences; give one a sequence")
     return numbers
+
+
+def _signs(rewards: Sequence[float] | Tensor, count: int) -> list[float]:
+    signs = _per_sequence("rewards", rewards, count)
+    if any(sign not in (1.0, -1.0) for sign in signs):
+        raise UserError(f"rewards are {signs}; each must be +1 or -1")
+    return signs
+
+
+def _pass_rates(pass_rates: Sequence[float] | Tensor | None, signs: list[float], mode: Mode) -> list[float]:
+    if pass_rates is not None:
+        return _per_sequence("pass_rates", pass_rates, len(signs))
+    if mode == "paper" and -1.0 in signs:
+        raise UserError("pass_rates is None; mode 'paper' needs one pass rate a sequence when there are negatives")
+    return [0.0] * len(signs)

@@ -1,5 +1,5 @@
 // The C functions of oreal_loss.h: argument checks and the choice of a kernel. Included once by each build, which
-// provides oreal::launch_*(...) and OREAL_DEVICE.
+// provides oreal::launch_*(...), oreal::probe() and OREAL_DEVICE.
 #pragma once
 #include <algorithm>
 
@@ -59,6 +59,8 @@ extern "C" {
 int oreal_abi_version(void) { return OREAL_ABI_VERSION; }
 
 const char* oreal_build_info(void) { return "device=" OREAL_DEVICE " " OREAL_BUILD; }
+
+int oreal_probe(void) { return oreal::probe(); }
 
 int oreal_row_statistics(const OrealLogits* logits, const int64_t* labels, const uint8_t* active, float* statistics,
                          int32_t* status, void* stream) {

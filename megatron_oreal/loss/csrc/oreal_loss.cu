@@ -1,6 +1,6 @@
 // The CUDA build: one block a row of logits, one block a sequence of scores, one thread a token.
 //
-// The sizes below may be set on the compiler's command line; benchmarks/gpu/tune.py compares them.
+// The sizes below may be set on the compiler's command line; benchmarks/gpu/kernels.py --tune compares them.
 #include <cuda_runtime.h>
 
 #define OREAL_DEVICE "cuda"
@@ -112,6 +112,23 @@ int launch_gradient(const GradientArguments& a, void* stream) {
 int launch_token_weights(const OrealTokenWeights& w, void* stream) {
   weights_kernel<<<grid(w.sequences), kWeightThreads, 0, static_cast<cudaStream_t>(stream)>>>(w);
   return launched();
+}
+
+template <class... Kernel>
+int first_error(Kernel*... kernels) {
+  cudaFuncAttributes attributes;
+  cudaError_t found = cudaSuccess;
+  // the runtime keeps the error for the next launched() to find: cudaGetLastError() takes it away
+  ((found = found == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : found), ...);
+  if (found != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return static_cast<int>(found);
+}
+
+int probe() {
+  return first_error(statistics_kernel<uint16_t, true>, statistics_kernel<uint16_t, false>,
+                     statistics_kernel<float, true>, statistics_kernel<float, false>, gradient_kernel<uint16_t, true>,
+                     gradient_kernel<uint16_t, false>, gradient_kernel<float, true>, gradient_kernel<float, false>,
+                     combine_kernel, weights_kernel);
 }
 
 }  // namespace

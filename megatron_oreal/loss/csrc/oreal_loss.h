@@ -1,6 +1,6 @@
 /* C ABI of the loss kernels: plain pointers and sizes, no torch, no Python.
  *
- * Every function queues work on `stream` (a cudaStream_t; ignored by the host build) and returns at once: 0, or a code
+ * Every function with a stream queues work on `stream` (a cudaStream_t; ignored by the host build) and returns at once: 0, or a code
  * that oreal_error_string() explains. Nothing allocates, synchronises, or keeps a pointer after the queued work is done.
  * All pointers are device pointers unless a comment says "host". All results are deterministic: fixed order of every
  * floating-point sum, no floating-point atomics. Runs may be captured in a CUDA graph.
@@ -18,7 +18,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define OREAL_ABI_VERSION 1
+#define OREAL_ABI_VERSION 2
 
 enum OrealDtype { OREAL_BF16 = 0, OREAL_FP32 = 1 };
 enum OrealNegativeForm { OREAL_RATIO = 0, OREAL_LOG_RATIO = 1 };
@@ -82,6 +82,10 @@ int oreal_abi_version(void);
 
 /* host: "device=cuda archs=80,90a,100a,90+ptx sources=<sha256/16> nvcc=13.0.88"; static storage. */
 const char* oreal_build_info(void);
+
+/* Whether the current device can run every kernel: loads each, launches none. A driver older than the toolkit, portable
+ * code newer than the driver, or no code for the device is an error here, as it would be at the first launch. */
+int oreal_probe(void);
 
 /* host: one line; static storage. */
 const char* oreal_error_string(int code);
