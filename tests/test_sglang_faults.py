@@ -108,6 +108,7 @@ def test_a_server_killed_during_generation_is_started_again_and_nothing_is_lost_
     assert not set(victims) & set(group_members(engine._server.pid))
 
 
+@pytest.mark.slow
 def test_a_hung_server_is_found_out_and_replaced(engine, expected):
     victims = group_members(engine._server.pid)
     restarts = engine.num_restarts
@@ -283,6 +284,7 @@ def test_a_slow_start_ends_at_its_deadline_with_the_end_of_the_log(model_dir, tm
     assert left_over(before) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_shows_its_own_words(model_dir, tmp_path):
     before = left_over([])
     engine = make_engine(model_dir, tmp_path, server_args={"attention_backend": "no_such_backend"})

@@ -88,7 +88,7 @@ def test_one_answer_is_one_json_object():
         (["--gold", "5", "--response", "\\boxed{5}</s>", "--set", "stop_word=</s>"], ("correct", "equal")),
         (["--gold", "", "--response", f"\\boxed{{5}}{END}"], ("unknown", "gold answer is empty")),
         (["--gold=-5", "--response", f"\\boxed{{-5}}{END}"], ("correct", "equal")),
-        (["--gold", "4", "--response", f"4 MARK 5{END}"], ("wrong", "not equal")),
+        (["--gold", "4", "--response", f"4 MARK 5{END}"], ("wrong", "no answer")),
         (["--gold", "5", "--response", f"4 MARK 5{END}", "--thinking-finish-words", "MARK"], ("correct", "equal")),
     ],
 )
