@@ -65,3 +65,15 @@ def test_real_model_figures_are_those_of_the_result_file() -> None:
         low, high = row["sampled_95"]
         sampled = f"{100 * row['sampled']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
         assert f"| {row['after_steps']} | {sampled} | {100 * row['greedy']:.1f} |" in README
+
+
+def test_reshard_figures_are_those_of_the_result_file() -> None:
+    table = (ROOT / "docs/publish.md").read_text()
+    rows = load("reshard.json")["rows"]
+    for row in rows:
+        cells = [row["case"], f"{row['received_mb']['planned']:.1f} / {row['received_mb']['gathered']:.1f}"]
+        for key in ("gathered_over_planned", "gathered_over_verified", "verified_over_planned"):
+            ratio = row[key]
+            cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        assert f"| {' | '.join(cells)} |" in table
+    assert len(rows) >= 4
