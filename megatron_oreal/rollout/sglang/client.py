@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,14 +14,17 @@ import numpy as np
 from megatron_oreal.rollout.engine import Completion, EngineError, Request, SamplingParams
 from megatron_oreal.rollout.sglang.draws import signed_seed
 
-try:
-    from orjson import dumps as _dumps_bytes
-    from orjson import loads
-except ImportError:  # SGLang brings it along; the trainer's own dependencies do not
-    loads = json.loads
 
-    def _dumps_bytes(value: Any) -> bytes:
-        return json.dumps(value).encode()
+def _json() -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
+    """A writer and a reader: orjson's, which SGLang brings along, else the standard library's."""
+    try:
+        import orjson
+    except ImportError:
+        return lambda value: json.dumps(value).encode(), json.loads
+    return orjson.dumps, orjson.loads
+
+
+_dumps_bytes, loads = _json()
 
 
 class UnreachableError(EngineError):
