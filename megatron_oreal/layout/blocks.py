@@ -12,13 +12,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 Span = tuple[int, int]
 """``(start, stop)`` along one dimension."""
 Rect = tuple[Span, ...]
 """One span a dimension."""
 Shape = tuple[int, ...]
+Split = Literal["replicated", "columns", "each_part"]
+"""Whole on every rank; cut by columns; cut by rows in each part of a fused weight."""
 
 
 def rect_size(rect: Rect) -> int:
@@ -154,6 +156,17 @@ def cut_rows(pieces: Iterable[Rows], start: int, stop: int) -> list[Rows]:
         top += len(piece)
     assert 0 <= start <= stop <= top, f"rows [{start}, {stop}) of a stack of {top}"
     return cut
+
+
+def add_split(builder: ShardBuilder, param: str, parts: tuple[Rows, ...], split: Split, tp_rank: int, tp: int) -> None:
+    """Add rank ``tp_rank``'s share of a weight of whole HF tensors, as Megatron and the engines both cut it."""
+    if split == "replicated":
+        builder.add(param, parts)
+    elif split == "columns":
+        width = parts[0].shape[1] // tp
+        builder.add(param, parts, (tp_rank * width, (tp_rank + 1) * width))
+    else:
+        builder.add(param, [rows for part in parts for rows in even_rows([part], tp_rank, tp)])
 
 
 def even_rows(stack: Sequence[Rows], rank: int, count: int) -> list[Rows]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout.blocks import Layout, ShardBuilder, ShardLayout, even_rows, vocab_rows
+from megatron_oreal.layout.blocks import Layout, ShardBuilder, ShardLayout, Split, add_split, even_rows, vocab_rows
 from megatron_oreal.layout.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -34,7 +34,7 @@ from megatron_oreal.layout.model_spec import ModelSpec
 SGLANG_VOCAB_PADDING = 64
 """``DEFAULT_VOCAB_PADDING_SIZE`` of SGLang."""
 
-_Split = Literal["replicated", "heads", "each_part", "columns"]
+_Split = Split | Literal["heads"]
 _LAYER: dict[Role, tuple[str, _Split]] = {
     "attention_norm": ("input_layernorm.weight", "replicated"),
     "qkv_weight": ("self_attn.qkv_proj.weight", "heads"),
@@ -87,13 +87,8 @@ def _shard(spec: ModelSpec, tp_rank: int, tp: int, padded_vocab: int) -> ShardLa
         for role, parts in layer_weights(spec, layer):
             name, kind = _LAYER[role]
             param = f"model.layers.{layer}.{name}"
-            if kind == "replicated":
-                builder.add(param, parts)
-            elif kind == "columns":
-                width = parts[0].shape[1] // tp
-                builder.add(param, parts, (tp_rank * width, (tp_rank + 1) * width))
-            elif kind == "each_part":
-                builder.add(param, [rows for part in parts for rows in even_rows([part], tp_rank, tp)])
+            if kind != "heads":
+                add_split(builder, param, parts, kind, tp_rank, tp)
             else:
                 query, *key_value = parts
                 rows = [rows for part in key_value for rows in even_rows([part], kv_rank, kv_ranks)]

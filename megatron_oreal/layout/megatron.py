@@ -20,12 +20,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout.blocks import Layout, Rows, ShardBuilder, ShardLayout, cut_rows, even_rows, vocab_rows
+from megatron_oreal.layout.blocks import (
+    Layout,
+    Rows,
+    ShardBuilder,
+    ShardLayout,
+    Split,
+    add_split,
+    cut_rows,
+    even_rows,
+    vocab_rows,
+)
 from megatron_oreal.layout.families import Role, embedding, final_norm, head, layer_weights
 from megatron_oreal.layout.model_spec import ModelSpec
 
 TransformerImpl = Literal["local", "transformer_engine"]
-_Split = Literal["replicated", "query_groups", "each_part", "columns"]
+_Split = Split | Literal["query_groups"]
 
 _LAYER: dict[Role, tuple[str, _Split]] = {
     "attention_norm": ("input_layernorm.weight", "replicated"),
@@ -216,13 +226,8 @@ def _shard(
 def _add_split(
     builder: ShardBuilder, key: str, parts: tuple[Rows, ...], kind: _Split, spec: ModelSpec, tp_rank: int, tp: int
 ) -> None:
-    if kind == "replicated":
-        builder.add(key, parts)
-    elif kind == "columns":
-        width = parts[0].shape[1] // tp
-        builder.add(key, parts, (tp_rank * width, (tp_rank + 1) * width))
-    elif kind == "each_part":
-        builder.add(key, [rows for part in parts for rows in even_rows([part], tp_rank, tp)])
+    if kind != "query_groups":
+        add_split(builder, key, parts, kind, tp_rank, tp)
     else:
         builder.add(key, even_rows(_query_groups(spec, parts), tp_rank, tp))
 
