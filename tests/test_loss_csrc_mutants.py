@@ -52,7 +52,8 @@ def equal_scores(kernels):
     for value in (0.1, 0.7, -2.3):
         scores, cu_seqlens = torch.full((3000,), value), torch.tensor([0, 3000])
         plus, _ = kernels.token_weights(scores, cu_seqlens, LossSettings(rescale="topk"))
-        assert plus.tolist() == [1.0] * 1500 + [0.0] * 1500
+        # One bool: a list's difference is exponential to print where CI is set, which asks pytest for all of it.
+        assert (plus[:1500] == 1).all() and (plus[1500:] == 0).all()
 
 
 def pack_neighbours(kernels):
