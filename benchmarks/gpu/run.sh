@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in stages with a time limit each; one CUDA device, about half an hour for all of them.
+# Everything that wants a GPU, in stages with a time limit each; one CUDA device, about fifty minutes for all of them.
 #   benchmarks/gpu/run.sh [--out DIR] [STAGE...]
 # Stages, by default all in this order (seconds at most):
 #   build     90  the kernels for this GPU, warnings and spills are errors; megatron-oreal env
@@ -9,6 +9,9 @@
 #   tune     240  the kernels with other block sizes
 #   loss     420  forward + backward against the other implementations
 #   actor    300  first_run.py: policy, reward model and engine
+#   sglang   300  tests/test_sglang_gpu.py
+#   switch   590  benchmarks/switch.py for models of Qwen2.5's 1.5B and 7B shape
+#   bench    590  bench.py: a step's parts for 1.5B- and 7B-shaped models of random weights
 # PYTHON names the interpreter (default: python3). Results: DIR (default: benchmarks/gpu/results), summary.json last.
 # The exit status is 1 when a stage failed or ran out of time. Clocks and power limits are left as they are.
 # shellcheck disable=SC2329  # the stages are functions, called by name through bash -c
@@ -23,15 +26,15 @@ while (($#)); do
         out=${2:?--out needs a directory}
         shift
         ;;
-    build | check | sanitize | kernels | tune | loss | actor) stages+=("$1") ;;
+    build | check | sanitize | kernels | tune | loss | actor | sglang | switch | bench) stages+=("$1") ;;
     *)
-        sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+        sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
         exit 2
         ;;
     esac
     shift
 done
-((${#stages[@]})) || stages=(build check sanitize kernels tune loss actor)
+((${#stages[@]})) || stages=(build check sanitize kernels tune loss actor sglang switch bench)
 python=${PYTHON:-python3}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
@@ -71,17 +74,40 @@ kernels() { "$python" "$here/kernels.py" --output "$out/kernels.json"; }
 tune() { "$python" "$here/kernels.py" --output "$out/tune.json" --tune --widths 19008 152064; }
 loss() { "$python" benchmarks/loss.py --device cuda --output "$out/loss.json"; }
 actor() { "$python" "$here/first_run.py" --output "$out/actor.json"; }
+sglang() {
+    if ! "$python" -c 'import sglang'; then
+        echo "no sglang for $python: pip install 'sglang>=0.5.11'" >&2
+        return 2
+    fi
+    "$python" -m pytest -q -p no:cacheprovider -o addopts= -m gpu tests/test_sglang_gpu.py
+}
+switch() {
+    local backend shape frozen bad=0
+    # FA3 is in SGLang's own kernel package, for Hopper.
+    backend=$("$python" -c 'import importlib.util as u, torch
+print("fa3" if torch.cuda.get_device_capability()[0] == 9 and u.find_spec("sgl_kernel") else "triton")')
+    for shape in 1.5b 7b; do
+        frozen=()
+        [[ $shape == 7b ]] && frozen=(--frozen) # its optimizer takes more than one device
+        timeout 280 "$python" benchmarks/switch.py --model "qwen2.5-$shape" --steps 5 "${frozen[@]}" \
+            --sglang "{\"attention_backend\": \"$backend\", \"mem_fraction_static\": 0.3}" \
+            --output "$out/switch_$shape.json" || bad=1
+    done
+    return "$bad"
+}
+bench() { "$python" "$here/bench.py" --out "$out"; }
 
 limit() {
     case $1 in
     build) echo 90 ;;
     loss) echo 420 ;;
-    sanitize | actor) echo 300 ;;
+    switch | bench) echo 590 ;;
+    sanitize | actor | sglang) echo 300 ;;
     *) echo 240 ;;
     esac
 }
 
-export -f build check sanitize kernels tune loss actor
+export -f build check sanitize kernels tune loss actor sglang switch bench
 export python here out
 failed=0
 rows=()
