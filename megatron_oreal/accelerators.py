@@ -36,13 +36,14 @@ class Part:
 
     ``status``: ``active``, in use on this machine; ``idle``, installed but without its device, switched off or behind a
     better one; ``missing``; ``broken``, installed but not to be loaded or run. ``detail``: version, path or reason.
-    ``instead``: what does its work when it is not active.
+    ``instead``: what does its work when it is not active. ``use``: what training uses it for, and by which config key.
     """
 
     name: str
     status: Status
     detail: str
     instead: str
+    use: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Environment:
         widths = [max(len(getattr(part, field)) for part in self.parts) for field in ("name", "status")]
         for part in self.parts:
             lines.append(f"{part.name:<{widths[0]}}  {part.status:<{widths[1]}}  {part.detail}")
+            if part.use:
+                lines.append(f"{'':<{widths[0]}}  {'':<{widths[1]}}  for: {part.use}")
             if part.status != "active":
                 lines.append(f"{'':<{widths[0]}}  {'':<{widths[1]}}  instead: {part.instead}")
         return "\n".join(lines)
@@ -71,13 +74,14 @@ class Environment:
 
 @dataclass(frozen=True)
 class _Package:
-    """A third-party part: ``module`` must be found, ``test`` must run; ``instead`` as in Part."""
+    """A third-party part: ``module`` must be found, ``test`` must run; ``instead`` and ``use`` as in Part."""
 
     name: str
     module: str
     distributions: tuple[str, ...]
     test: str
     instead: str
+    use: str
     needs_cuda: bool = True
 
 
@@ -88,6 +92,7 @@ _THIRD_PARTY = (
         ("transformer-engine", "transformer_engine"),
         "import transformer_engine.pytorch",
         "torch-native layers (parallel.transformer_impl: local)",
+        "linear, norm and attention kernels in bf16; parallel.transformer_impl: auto, transformer_engine",
     ),
     _Package(
         "fused Adam (TransformerEngine)",
@@ -95,6 +100,7 @@ _THIRD_PARTY = (
         ("transformer-engine", "transformer_engine"),
         "from transformer_engine.pytorch.optimizers import FusedAdam",
         "apex's, else torch's AdamW",
+        "the optimizer step of both models, and use_precision_aware_optimizer; always, before apex",
     ),
     _Package(
         "fused Adam (apex)",
@@ -102,6 +108,7 @@ _THIRD_PARTY = (
         ("apex",),
         "import amp_C; from apex.optimizers import FusedAdam",
         "TransformerEngine's, else torch's AdamW",
+        "the optimizer step of both models; always, where TransformerEngine is not",
     ),
     _Package(
         "fused weight gradient (apex)",
@@ -109,6 +116,7 @@ _THIRD_PARTY = (
         ("apex",),
         "import fused_weight_gradient_mlp_cuda as m; m.wgrad_gemm_accum_fp32",
         "a weight gradient of its own, then added to main_grad",
+        "weight gradients added to main_grad inside their GEMM; parallel.gradient_accumulation_fusion: auto, true",
     ),
     _Package(
         "flash-attn",
@@ -116,6 +124,7 @@ _THIRD_PARTY = (
         ("flash-attn",),
         "import flash_attn_2_cuda, flash_attn",
         "TransformerEngine's cuDNN attention, or torch's in torch-native layers",
+        "attention over packed sequences in TransformerEngine; parallel.attention_backend: auto, flash",
     ),
     _Package(
         "flash-attn 3 (Hopper)",
@@ -123,6 +132,7 @@ _THIRD_PARTY = (
         ("flash-attn-3", "flash_attn_3"),
         "import flash_attn_interface",
         "flash-attn, or TransformerEngine's cuDNN attention",
+        "the same on Hopper; parallel.attention_backend: auto, flash",
     ),
     _Package(
         "SGLang",
@@ -130,6 +140,7 @@ _THIRD_PARTY = (
         ("sglang",),
         "import sglang",
         "the embedded engine (rollout.engine: embedded)",
+        "generation; rollout.engine: sglang",
         needs_cuda=False,
     ),
 )
@@ -181,14 +192,18 @@ def _third_party(has_cuda: bool) -> list[Part]:
     for package in _THIRD_PARTY:
         number = _version(*package.distributions)
         if importlib.util.find_spec(package.module) is None:
-            running.append((package, Part(package.name, "missing", "not installed", package.instead)))
+            running.append((package, Part(package.name, "missing", "not installed", package.instead, package.use)))
         elif package.needs_cuda and not has_cuda:
-            running.append((package, Part(package.name, "idle", f"{number}, no CUDA device", package.instead)))
+            idle = Part(package.name, "idle", f"{number}, no CUDA device", package.instead, package.use)
+            running.append((package, idle))
         else:
             command = [sys.executable, "-c", package.test]
             pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
             running.append((package, subprocess.Popen(command, text=True, **pipes)))  # type: ignore[call-overload]
-    parts = [state if isinstance(state, Part) else _tested(package, state) for package, state in running]
+    parts = [
+        state if isinstance(state, Part) else replace(_tested(package, state), use=package.use)
+        for package, state in running
+    ]
     by_name = {part.name: part for part in parts}
     engine, apex = by_name["fused Adam (TransformerEngine)"], by_name["fused Adam (apex)"]
     if engine.status == apex.status == "active":  # Megatron's order of preference

@@ -8,7 +8,7 @@ policy: token weights from those scores, its loss  (forward and backward; forwar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,15 @@ from megatron_oreal.actor.build import DTYPES, MegatronModel, build_model
 from megatron_oreal.actor.head import VocabularyHead
 from megatron_oreal.actor.offload import Offloader, Part, merged, model_part, optimizer_part
 from megatron_oreal.actor.optimizer import ModelOptimizer
+from megatron_oreal.actor.options import check_options
 from megatron_oreal.actor.parallel import ParallelGrid
-from megatron_oreal.actor.publish import Publisher, PublishReport
+from megatron_oreal.actor.publish import Publisher, PublishReport, Staging, WholeStaging
 from megatron_oreal.actor.schedule import run_microbatches
 from megatron_oreal.actor.specs import choose_implementation
+from megatron_oreal.actor.sums import StepSums, TokenSums
 from megatron_oreal.algorithm import Normalisers, count_normalisers, learning_rate
 from megatron_oreal.config import Config
+from megatron_oreal.data.packing import MicrobatchPlan
 from megatron_oreal.layout import export_hf, load_from_hf, megatron_layout, open_source, pipeline_layer_split
 from megatron_oreal.layout.blocks import Layout
 from megatron_oreal.layout.model_spec import ModelSpec
@@ -40,55 +43,16 @@ from megatron_oreal.platform import Platform
 from megatron_oreal.telemetry import PhaseTimers
 
 
-@dataclass
-class TokenSums:
-    """What one rank adds to the step's statistics; summed over the ranks that speak (``ParallelGrid.speaks``).
-
-    Values stay on the device until ``over_world``: adding one must not make the host wait in the middle of a pipeline.
-    """
-
-    values: dict[str, Tensor] = field(default_factory=dict)
-    logps: list[tuple[Tensor, np.ndarray]] = field(default_factory=list)
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Add a 0-d tensor to a sum."""
-        self.values[name] = self.values[name] + value.detach() if name in self.values else value.detach()
-
-    def compare(self, logp: Tensor, engine_logp: np.ndarray) -> None:
-        """Keep the trainer's and the engine's log-probabilities of the same tokens, both [n]."""
-        self.logps.append((logp, engine_logp))
-
-    def over_world(self, grid: ParallelGrid, platform: Platform) -> StepSums:
-        """The sums over all data-parallel replicas, the same on every rank (added in rank order)."""
-        mine: dict[str, float] = {}
-        diffs: list[np.ndarray] = []
-        if grid.speaks:
-            mine = {name: float(value) for name, value in self.values.items()}
-            diffs = [np.abs(logp.float().cpu().numpy() - engine) for logp, engine in self.logps]
-        total: dict[str, float] = {}
-        every: list[np.ndarray] = []
-        for values, arrays in platform.gather_objects((mine, diffs)):
-            for name, value in values.items():
-                total[name] = total.get(name, 0.0) + value
-            every += arrays
-        return StepSums(total, every)
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """Sums over the global batch by name; ``logp_diffs``: |trainer - engine| of log-probabilities, arrays of [n]."""
-
-    values: dict[str, float]
-    logp_diffs: list[np.ndarray]
-
-
 @dataclass(frozen=True)
 class UpdateResult:
-    """``counts``: the normalisers. A gradient norm is None, and a rate 0, of a model that did not learn in the step."""
+    """``counts``: the normalisers; ``plan``: the micro-batches of all data-parallel ranks.
+
+    A gradient norm is None, and a rate 0, of a model that did not learn in the step.
+    """
 
     sums: StepSums
     counts: Normalisers
-    balance: float
+    plan: MicrobatchPlan
     policy_grad_norm: float | None
     policy_lr: float
     reward_model_grad_norm: float | None
@@ -112,6 +76,7 @@ class Actor:
         self.implementation = choose_implementation(
             config.parallel.transformer_impl, config.model.dtype, platform.is_cuda
         )
+        check_options(config.parallel, self.implementation, platform.is_cuda)
         self.policy = self._build(trainable=True)
         self.policy_layout = self._layout(reward_model=False)
         self.policy_optimizer = self._optimizer(self.policy)
@@ -211,25 +176,33 @@ class Actor:
     def publish(
         self,
         engine_layout: Layout,
-        buffers: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor] | Staging,
         version: int = 0,
         timers: PhaseTimers | None = None,
     ) -> PublishReport:
         """Write the policy's current weights into every rank's engine buffers, as ``version``.
 
-        Planned by the first call, and again only for another engine layout or dtype. Raises ``DigestError`` on every
-        rank when ``rollout.verify_weights`` finds that an engine does not hold what the trainer holds.
+        ``buffers``: all of them, or where they are staged group by group. Planned by the first call, and again only for
+        another engine layout, dtype or grouping. Raises ``DigestError`` on every rank when ``rollout.verify_weights``
+        finds that an engine does not hold what the trainer holds.
         """
         timers = timers or PhaseTimers()
         self.offloader.load("policy")
         with timers("plan"):
-            (dtype,) = {tensor.dtype for tensor in buffers.values()} or {DTYPES[self.config.model.dtype]}
-            if self._publisher is None or not self._publisher.serves(engine_layout, dtype):
-                verify = self.config.rollout.verify_weights
+            staging: Staging = (
+                WholeStaging(buffers, DTYPES[self.config.model.dtype]) if isinstance(buffers, Mapping) else buffers
+            )
+            if self._publisher is None or not self._publisher.serves(engine_layout, staging):
                 self._publisher = Publisher(
-                    self.policy_layout, engine_layout, self.grid, self.platform, wire_dtype=dtype, verify=verify
+                    self.policy_layout,
+                    engine_layout,
+                    self.grid,
+                    self.platform,
+                    groups=staging.groups,
+                    wire_dtype=staging.dtype,
+                    verify=self.config.rollout.verify_weights,
                 )
-        return self._publisher.publish(version, self.policy.parameters(), buffers, timers)
+        return self._publisher.publish(version, self.policy.parameters(), staging, timers)
 
     def release_publisher(self) -> None:
         """Give back the memory that publishing staged weights in (before the engines allocate their KV cache)."""
@@ -280,7 +253,7 @@ class Actor:
         with timers("policy"):
             self.offloader.load("policy", *([] if frozen else ["optimizer"]), timers=timers)
             norm, lr = self._update_policy(batch, counts, ref_logps, scores, sums, step, frozen=frozen)
-        return UpdateResult(sums.over_world(self.grid, self.platform), counts, batch.balance, norm, lr, rm_norm, rm_lr)
+        return UpdateResult(sums.over_world(self.grid, self.platform), counts, batch.plan, norm, lr, rm_norm, rm_lr)
 
     def reference_logps(self, batch: Batch) -> list[Tensor]:
         """The reference's log-probabilities, float32 [n] a micro-batch, on the last stage (elsewhere empty)."""

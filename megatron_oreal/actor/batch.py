@@ -11,7 +11,7 @@ from megatron_oreal.actor.parallel import ParallelGrid
 from megatron_oreal.actor.schedule import DeviceBatch, to_device
 from megatron_oreal.actor.specs import Implementation
 from megatron_oreal.config import ParallelConfig
-from megatron_oreal.data.packing import PackItem, WorkModel, pack, plan_microbatches
+from megatron_oreal.data.packing import MicrobatchPlan, PackItem, WorkModel, pack, plan_for
 from megatron_oreal.layout.model_spec import ModelSpec
 from megatron_oreal.loss.settings import Mode
 from megatron_oreal.platform import Platform
@@ -61,10 +61,10 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's micro-batches; ``balance``: the most loaded data-parallel rank's work over the mean."""
+    """This rank's micro-batches, on the device once for all passes of a step; ``plan``: those of all ranks."""
 
     microbatches: list[Microbatch]
-    balance: float
+    plan: MicrobatchPlan
 
     @property
     def device_batches(self) -> list[DeviceBatch]:
@@ -82,24 +82,11 @@ def make_batch(
     mode: Mode,
 ) -> Batch:
     """Plan the same micro-batches on every rank and pack those of this rank's data-parallel index."""
-    pad = grid.tp if parallel.sequence_parallel else 1
     lengths = [sequence.num_tokens for sequence in sequences]
-    plan = plan_microbatches(
-        lengths,
-        dp_size=grid.dp,
-        max_tokens=parallel.max_tokens_per_microbatch,
-        work=WorkModel.from_spec(spec),
-        num_microbatches_multiple_of=grid.pp if grid.vpp else 1,
-        pad_to_multiple_of=pad,
-    )
-    mine = plan.ranks[grid.dp_rank]
-    if grid.vpp:
-        # Interleaved stages take micro-batches of one length (see actor/build.py): the longest, rounded up.
-        longest = max(sum(lengths[i] for i in members) for members in mine)
-        pad = max(-(-longest // pad), 1) * pad
+    plan = plan_for(parallel, lengths, dp_size=grid.dp, work=WorkModel.from_spec(spec))
     microbatches = []
-    for members in mine:
+    for members, tokens in zip(plan.ranks[grid.dp_rank], plan.tokens[grid.dp_rank], strict=True):
         chosen = [sequences[i] for i in members]
-        packed = pack([sequence.item for sequence in chosen], pad_to_multiple_of=pad)
+        packed = pack([sequence.item for sequence in chosen], pad_to_multiple_of=tokens)
         microbatches.append(Microbatch(to_device(packed, implementation, platform, mode=mode), chosen))
-    return Batch(microbatches, plan.balance)
+    return Batch(microbatches, plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_oreal.actor.gpt import PackedGPTModel
+from megatron_oreal.actor.options import allocate_user_buffers, ddp_options, fuses_weight_gradient, transformer_options
 from megatron_oreal.actor.parallel import ParallelGrid
 from megatron_oreal.actor.specs import Implementation, layer_spec
 from megatron_oreal.config import ParallelConfig
+from megatron_oreal.errors import UserError
 from megatron_oreal.layout.megatron import padded_vocab_size
 from megatron_oreal.layout.model_spec import ModelSpec
 from megatron_oreal.platform import Platform
@@ -42,6 +44,16 @@ class MegatronModel:
             prefix = f"{index}:" if len(self.chunks) > 1 else ""
             named |= {prefix + name: param.data for name, param in unwrap(chunk).named_parameters()}
         return named
+
+    def gather_parameters(self) -> None:
+        """Complete weights whose gather ``parallel.overlap_param_gather`` has put off until the next forward pass.
+
+        For whoever reads them without one. A collective of the data-parallel ranks, inside ``platform.megatron()``;
+        nothing to do, and no collective, without the option.
+        """
+        for chunk in self.chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def eval(self) -> None:
         """Switch all chunks to evaluation."""
@@ -71,9 +83,8 @@ def transformer_config(
     """Megatron's config for a dense RMSNorm / RoPE / SwiGLU / GQA model of this shape under these parallel sizes."""
     engine = implementation == "transformer_engine"
     interleaved = parallel.virtual_pipeline_model_parallel_size
-    # Megatron's own LM head accumulates into main_grad through apex's extension, where that is installed.
-    fuse_wgrad = engine and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return TransformerConfig(
+    return _accepted(
+        TransformerConfig,
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         ffn_hidden_size=spec.ffn_hidden_size,
@@ -116,11 +127,20 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=engine,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=fuse_wgrad,
+        gradient_accumulation_fusion=fuses_weight_gradient(parallel, implementation),
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
+        **transformer_options(parallel),
     )
+
+
+def _accepted(config_class: Callable[..., TransformerConfig], **settings: Any) -> TransformerConfig:
+    """Megatron's config; what it refuses is the user's mistake, since everything else here is fixed."""
+    try:
+        return config_class(**settings)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"parallel: megatron-core refuses these settings: {' '.join(str(error).split())}") from None
 
 
 def _finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
@@ -143,6 +163,8 @@ def build_model(
     """Build this rank's chunks, uninitialised: load weights before use. ``score_head``: the token reward model."""
     with platform.megatron():
         config = transformer_config(spec, parallel, dtype, implementation)
+        if platform.is_cuda:
+            allocate_user_buffers(parallel, spec.hidden_size)
         chunks = [
             _build_chunk(spec, config, parallel, grid, implementation, score_head, max_sequence_length, stage)
             for stage in range(grid.vpp or 1)
@@ -150,7 +172,7 @@ def build_model(
         if dtype == "bf16":
             chunks = [Float16Module(config, chunk) for chunk in chunks]
         if trainable:
-            chunks = _wrap_ddp(chunks, config, parallel)
+            chunks = _wrap_ddp(chunks, config, parallel, published=not score_head)
         # A frozen model keeps requires_grad: it only ever runs under no_grad, and Megatron and torch choose other
         # kernels for frozen weights, whose rounding would show as a KL between two equal models.
     return MegatronModel(chunks=chunks, config=config, spec=spec, trainable=trainable)
@@ -191,12 +213,12 @@ def _build_chunk(
 
 
 def _wrap_ddp(
-    chunks: list[torch.nn.Module], config: TransformerConfig, parallel: ParallelConfig
+    chunks: list[torch.nn.Module], config: TransformerConfig, parallel: ParallelConfig, *, published: bool
 ) -> list[torch.nn.Module]:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        **ddp_options(parallel, published=published),
     )
     wrapped: list[torch.nn.Module] = [
         DistributedDataParallel(

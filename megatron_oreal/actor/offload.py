@@ -122,9 +122,9 @@ def optimizer_part(model: MegatronModel, optimizer: ModelOptimizer) -> Part:
     """
     mine = {storage.data_ptr() for storage in _unique(model_part(model).tensors)}
     tensors: list[Tensor] = []
-    for part in optimizer.parts:
-        tensors += [param.data for group in part.optimizer.param_groups for param in group["params"]]
-        for state in part.optimizer.state.values():
+    for inner in optimizer.inner_optimizers():
+        tensors += [param.data for group in inner.param_groups for param in group["params"]]
+        for state in inner.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
     own = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in mine]  # fp32: the model's own
     return Part(own, [buffer.grad_data for buffer in _ddp_buffers(model)])

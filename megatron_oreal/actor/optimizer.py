@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_oreal.actor.build import DTYPES, MegatronModel
+from megatron_oreal.actor.options import optimizer_options
 from megatron_oreal.config import OptimizerConfig, ParallelConfig
 from megatron_oreal.platform import Platform
 
@@ -43,8 +45,40 @@ def _allocate_moments(part: Any) -> None:
 
     Megatron cannot save an optimizer that has made no update, which a frozen policy's has not.
     """
-    part.init_state_fn(part.optimizer, part.config)
+    if isinstance(part.optimizer, HybridDeviceOptimizer):
+        _allocate_hybrid_moments(part.optimizer)
+    else:
+        part.init_state_fn(part.optimizer, part.config)
     _complete_step_counts(part)
+
+
+@torch.no_grad()
+def _allocate_hybrid_moments(optimizer: HybridDeviceOptimizer) -> None:
+    """The same for an optimizer whose state is on the CPU, by Megatron's ``dummy_step``.
+
+    At the rate of zero that it is built with, the weights stay; what the step leaves in the state is cleared.
+    """
+    # Its parameter groups name them, and torch reads a checkpoint's classes only when it has been told to.
+    torch.serialization.add_safe_globals([optimizer.cpu_optimizer_cls, optimizer.gpu_optimizer_cls])
+    optimizer.dummy_step()
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            if isinstance(state.get(name), Tensor):
+                state[name].zero_()
+    for group in [*optimizer.param_groups, *(g for inner in optimizer.sub_optimizers for g in inner.param_groups)]:
+        if "step" in group:
+            group["step"] = group["step"] * 0
+
+
+def _reload_main_params(part: Any) -> None:
+    """Refresh fp32 weights that Megatron's ``reload_model_params`` leaves to the inner optimizer, which keeps them."""
+    optimizer = part.optimizer
+    if isinstance(optimizer, HybridDeviceOptimizer):
+        for weight, copy in optimizer.gpu_params_map_cpu_copy.items():
+            copy.data.copy_(weight.data)
+    elif getattr(part.config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False):
+        optimizer.state.clear()
+        _allocate_moments(part)
 
 
 def _complete_step_counts(part: Any) -> None:
@@ -53,8 +87,10 @@ def _complete_step_counts(part: Any) -> None:
     Megatron's loading gives all parameters one step tensor, which AdamW would then count up once for each, or none when
     the count was zero.
     """
-    if isinstance(part.optimizer, _TORCH_ADAM):
+    if isinstance(part.optimizer, (*_TORCH_ADAM, HybridDeviceOptimizer)):
         for state in part.optimizer.state.values():
+            if isinstance(part.optimizer, HybridDeviceOptimizer) and "step" not in state:
+                continue  # on the device, where TransformerEngine's Adam keeps it in the group
             state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).clone()
 
 
@@ -79,20 +115,30 @@ class ModelOptimizer:
             bf16=dtype == "bf16",
             params_dtype=DTYPES[dtype],
             use_distributed_optimizer=parallel.use_distributed_optimizer,
+            **optimizer_options(parallel),
         )
         # An empty dict: no exceptions, decay on every parameter. None: Megatron's default, which spares 1-D ones.
         overrides: dict[Any, Any] | None = {} if config.wd_on_norms_and_biases else None
         with platform.megatron():
             self.megatron = get_megatron_optimizer(megatron_config, model.chunks, config_overrides=overrides)
-        for part in self.parts:
-            _allocate_moments(part)
-            if isinstance(part, DistributedOptimizer):
-                _load_without_step(part)
+            for part in self.parts:
+                _allocate_moments(part)
+                if isinstance(part, DistributedOptimizer):
+                    _load_without_step(part)
 
     @property
     def parts(self) -> list[Any]:
         """Megatron's optimizers, out of the chain that it may put them in."""
         return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
+
+    def inner_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those whose state is on the device: all, but for ``parallel.optimizer_cpu_offload``."""
+        found: list[torch.optim.Optimizer] = []
+        for part in self.parts:
+            hybrid = isinstance(part.optimizer, HybridDeviceOptimizer)
+            inner = part.optimizer.gpu_optimizer if hybrid else part.optimizer
+            found += [] if inner is None else [inner]
+        return found
 
     def zero_grad(self) -> None:
         """Clear gradient buffers; call before the first micro-batch of a step."""
@@ -105,6 +151,9 @@ class ModelOptimizer:
         """Refresh the optimizer's fp32 copies after weights were loaded into the model."""
         with self.platform.megatron():
             self.megatron.reload_model_params()
+            with torch.no_grad():
+                for part in self.parts:
+                    _reload_main_params(part)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +16,7 @@ from torch import Tensor
 from megatron_oreal.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_oreal.config import ParallelConfig
     from megatron_oreal.data.types import Trajectory
     from megatron_oreal.layout.model_spec import ModelSpec
 
@@ -48,22 +51,62 @@ class WorkModel:
         return 2 * self.matmul_params * length + 2 * self.attention_width * length * (length + 1)
 
 
+PASS_TOKENS = 512
+"""What a pass costs whatever it holds (weights read once, kernels launched), in tokens of matrix multiplication.
+
+At 989 TFLOP/s and 3.35 TB/s (H100's data sheet) reading bf16 weights takes as long as multiplying 300 tokens by them.
+"""
+_SEARCH_BELOW = 50
+"""Micro-batches a further pipeline stage, above which a bubble is below 2 % and not worth a search."""
+_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+
+Padding = Literal["multiple", "longest", "budget"]
+
+
 @dataclass(frozen=True, slots=True)
 class MicrobatchPlan:
     """``ranks[d][m]``: the ascending sequence indices of micro-batch ``m`` on data-parallel rank ``d``.
 
-    ``balance``: the most loaded rank's work over the mean, 1.0 when they are equal or there is nothing to do;
-    ``microbatch_balance``: the same over the micro-batches that hold something.
+    ``tokens[d][m]``: its tokens, padding included. ``balance``: the most loaded rank's work over the mean, 1.0 when
+    they are equal or there is nothing to do; ``microbatch_balance``: the same over the micro-batches that hold
+    something. ``padding_share``: padding tokens over all tokens. ``bubble_share``: of the slowest rank's time, what its
+    pipeline stages wait for each other (0 without a pipeline); stages of equal time are assumed, so that a pass takes
+    the sum over its micro-batches, and the heaviest once more for every further stage.
     """
 
     ranks: list[list[list[int]]]
+    tokens: list[list[int]]
     balance: float
     microbatch_balance: float
+    padding_share: float
+    bubble_share: float
 
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of every rank, empty ones included."""
         return len(self.ranks[0])
+
+    @property
+    def idle_microbatches(self) -> int:
+        """Empty micro-batches, over all ranks."""
+        return sum(not batch for rank in self.ranks for batch in rank)
+
+
+def plan_for(parallel: ParallelConfig, lengths: Sequence[int], *, dp_size: int, work: WorkModel) -> MicrobatchPlan:
+    """``plan_microbatches`` as a config asks for it."""
+    stages = parallel.pipeline_model_parallel_size
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return plan_microbatches(
+        lengths,
+        dp_size=dp_size,
+        max_tokens=parallel.max_tokens_per_microbatch,
+        work=work,
+        num_microbatches_multiple_of=stages if interleaved else 1,
+        pad_to_multiple_of=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        # Interleaved stages take one length (actor/build.py), and user buffers are allocated for one.
+        padding="longest" if interleaved else "budget" if parallel.tp_comm_overlap else "multiple",
+        pipeline_stages=stages,
+    )
 
 
 def plan_microbatches(
@@ -74,6 +117,8 @@ def plan_microbatches(
     work: WorkModel,
     num_microbatches_multiple_of: int = 1,
     pad_to_multiple_of: int = 1,
+    padding: Padding = "multiple",
+    pipeline_stages: int = 1,
 ) -> MicrobatchPlan:
     """Distribute sequences of ``lengths`` tokens over data-parallel ranks and their micro-batches.
 
@@ -87,11 +132,14 @@ def plan_microbatches(
     * ranks are balanced by work: the most loaded is above the mean by less than the largest single sequence;
     * the same input gives the same plan.
 
-    Longest-processing-time-first (Graham 1969) over the ranks, then over each rank's micro-batches.
+    Over the ranks: longest-processing-time-first (Graham 1969), then exchanges between the most loaded rank and others
+    while they lower it. Over a rank's micro-batches: longest-processing-time-first again, into as few as
+    first-fit-decreasing needs, or, under ``pipeline_stages``, into more where lighter ones shorten the bubble by more
+    than further passes cost. ``padding``: every micro-batch to a multiple, to the rank's longest, or to the budget.
 
     Raises ``UserError`` when one sequence alone is longer than ``max_tokens``.
     """
-    assert min(dp_size, num_microbatches_multiple_of, pad_to_multiple_of) >= 1
+    assert min(dp_size, num_microbatches_multiple_of, pad_to_multiple_of, pipeline_stages) >= 1
     assert all(length >= 1 for length in lengths), "a sequence has at least one token"
     room = max_tokens // pad_to_multiple_of * pad_to_multiple_of
     if lengths and max(lengths) > room:
@@ -101,15 +149,55 @@ def plan_microbatches(
             "tokens: raise it to at least rollout.gen_max_length"
         )
     costs = [work(length) for length in lengths]
-    ranks = _spread(range(len(lengths)), dp_size, costs)
+    ranks = _exchanged(_spread(range(len(lengths)), dp_size, costs), costs)
     fewest = [_first_fit_decreasing(rank, lengths, room) for rank in ranks]
     needed = max(1, *map(len, fewest))
-    count = -(-needed // num_microbatches_multiple_of) * num_microbatches_multiple_of
-    planned = [_fill(rank, packed, count, lengths, costs, room) for rank, packed in zip(ranks, fewest, strict=True)]
+    pass_cost = work(PASS_TOKENS) if padding == "longest" or pipeline_stages > 1 else 0
+
+    def fill(count: int) -> tuple[int, list[list[list[int]]]]:
+        planned = [_fill(rank, packed, count, lengths, costs, room) for rank, packed in zip(ranks, fewest, strict=True)]
+        loads = [[sum(costs[i] for i in batch) for batch in rank] for rank in planned]
+        return max(sum(_rank_time(rank, pass_cost, pipeline_stages, padding)) for rank in loads), planned
+
+    most = max(map(len, ranks)) if pipeline_stages - 1 > needed / _SEARCH_BELOW else 0
+    counts = {_multiple(needed, num_microbatches_multiple_of)}
+    counts |= {_multiple(min(round(needed * f), most), num_microbatches_multiple_of) for f in _FACTORS if most > needed}
+    _, planned = min((fill(count) for count in sorted(counts)), key=lambda filled: filled[0])
+    return _describe(planned, lengths, costs, room, pad_to_multiple_of, padding, pipeline_stages)
+
+
+def _multiple(count: int, of: int) -> int:
+    return -(-count // of) * of
+
+
+def _rank_time(loads: Sequence[int], pass_cost: int, stages: int, padding: Padding) -> tuple[int, int]:
+    """(work of one stage times stages, wait for the others) of one rank's passes, in units of work."""
+    heaviest = max(loads) + pass_cost
+    busy = len(loads) * heaviest if padding == "longest" else sum(loads) + len(loads) * pass_cost
+    return busy, (stages - 1) * heaviest
+
+
+def _describe(
+    planned: list[list[list[int]]],
+    lengths: Sequence[int],
+    costs: Sequence[int],
+    room: int,
+    multiple: int,
+    padding: Padding,
+    stages: int,
+) -> MicrobatchPlan:
+    loads = [[sum(costs[i] for i in batch) for batch in rank] for rank in planned]
+    tokens = [[max(_multiple(sum(lengths[i] for i in b), multiple), multiple) for b in rank] for rank in planned]
+    if padding != "multiple":
+        tokens = [[room if padding == "budget" else max(rank)] * len(rank) for rank in tokens]
+    busy, wait = max((_rank_time(rank, 0, stages, padding) for rank in loads), key=sum)
     return MicrobatchPlan(
         ranks=planned,
-        balance=_imbalance([sum(costs[i] for i in rank) for rank in ranks]),
-        microbatch_balance=_imbalance([sum(costs[i] for i in batch) for rank in planned for batch in rank if batch]),
+        tokens=tokens,
+        balance=_imbalance([sum(rank) for rank in loads]),
+        microbatch_balance=_imbalance([load for rank in loads for load in rank if load]),
+        padding_share=1.0 - sum(lengths) / sum(map(sum, tokens)),
+        bubble_share=wait / (busy + wait) if busy else 0.0,
     )
 
 
@@ -125,31 +213,81 @@ def _spread(
     Returns fewer indices than given when one did not fit anywhere.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads, tokens = [0] * num_bins, [0] * num_bins
+    tokens = [0] * num_bins
+    lightest = [(0, b) for b in range(num_bins)]  # a heap
     for i in _heaviest_first(indices, costs):
-        open_bins = [b for b in range(num_bins) if room is None or tokens[b] + lengths[i] <= room]
-        if not open_bins:
+        full = []
+        while room is not None and lightest and tokens[lightest[0][1]] + lengths[i] > room:
+            full.append(heapq.heappop(lightest))
+        if not lightest:
             break
-        lightest = min(open_bins, key=lambda b: (loads[b], b))
-        bins[lightest].append(i)
-        loads[lightest] += costs[i]
-        tokens[lightest] += lengths[i] if lengths else 0
+        load, b = lightest[0]
+        heapq.heapreplace(lightest, (load + costs[i], b))
+        bins[b].append(i)
+        tokens[b] += lengths[i] if room is not None else 0
+        for entry in full:
+            heapq.heappush(lightest, entry)
     return bins
+
+
+def _exchanged(bins: list[list[int]], costs: Sequence[int]) -> list[list[int]]:
+    """Lower the heaviest bin: move an index to a lighter bin, or swap it for a lighter one, while that helps.
+
+    Ends when no single exchange does, when the heaviest is within 0.1 % of the mean, or after 8 exchanges a bin.
+    """
+    loads = [sum(costs[i] for i in members) for members in bins]
+    for _ in range(8 * len(bins)):
+        heavy = max(range(len(bins)), key=lambda b: (loads[b], -b))
+        if loads[heavy] * len(bins) <= 1.001 * sum(loads):
+            break
+        for light in sorted(range(len(bins)), key=lambda b: (loads[b], b)):
+            pair = _best_exchange(bins[heavy], bins[light], loads[heavy] - loads[light], costs)
+            if pair is not None:
+                break
+        else:
+            break
+        give, take = pair
+        moved = costs[give] - (0 if take is None else costs[take])
+        bins[heavy].remove(give)
+        bins[light].append(give)
+        if take is not None:
+            bins[light].remove(take)
+            bins[heavy].append(take)
+        loads[heavy] -= moved
+        loads[light] += moved
+    return bins
+
+
+def _best_exchange(
+    heavy: Sequence[int], light: Sequence[int], gap: int, costs: Sequence[int]
+) -> tuple[int, int | None] | None:
+    """What to give and take so that ``gap``, heavy's load less light's, becomes smallest; None: nothing does."""
+    offers: list[tuple[int, int | None]] = [(0, None), *sorted((costs[i], i) for i in light)]
+    prices = [price for price, _ in offers]
+    best, found = gap, None
+    for give in sorted(heavy):
+        middle = bisect.bisect_left(prices, costs[give] - gap / 2)
+        for at in (middle - 1, middle):
+            if 0 <= at < len(offers) and abs(gap - 2 * (costs[give] - prices[at])) < best:
+                best, found = abs(gap - 2 * (costs[give] - prices[at])), (give, offers[at][1])
+    return found
 
 
 def _first_fit_decreasing(indices: Sequence[int], lengths: Sequence[int], room: int) -> list[list[int]]:
     """Pack into few bins of ``room`` tokens: at most 11/9 of the fewest, plus 6/9 (Dósa 2007)."""
-    bins: list[list[int]] = []
-    free: list[int] = []
+    leaves = 1 << max(len(indices) - 1, 0).bit_length()
+    free = [room] * (2 * leaves)  # a heap-ordered tree: a node holds the most that a bin below it has free
+    bins: list[list[int]] = [[] for _ in range(leaves)]
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
-        first = next((b for b, tokens in enumerate(free) if lengths[i] <= tokens), None)
-        if first is None:
-            first = len(bins)
-            bins.append([])
-            free.append(room)
-        bins[first].append(i)
-        free[first] -= lengths[i]
-    return bins
+        node = 1
+        while node < leaves:
+            node = 2 * node + (free[2 * node] < lengths[i])
+        bins[node - leaves].append(i)
+        free[node] -= lengths[i]
+        while node > 1:
+            node //= 2
+            free[node] = max(free[2 * node], free[2 * node + 1])
+    return [members for members in bins if members]
 
 
 def _fill(

@@ -1,0 +1,166 @@
+"""Performance options on real gloo ranks: the losses and weights are those without them, and readers get whole ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import actor_cases
+import pytest
+from dist import run_ranks
+
+from megatron_oreal.actor.options import check_options, fuses_weight_gradient
+from megatron_oreal.config import ParallelConfig
+from megatron_oreal.errors import UserError
+
+GRADIENTS = {"overlap_grad_reduce": True, "ddp_bucket_size": 20_000}
+BOTH = GRADIENTS | {"overlap_param_gather": True}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+CPU_ADAM = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+PARTS = ["optimizer", "reward_model", "reference", "policy"]
+PP2 = {"pipeline_model_parallel_size": 2}
+TWO_RANKS: dict[str, Any] = {
+    "DP2": (
+        {},
+        "fp32",
+        {"gradients-all-reduce": GRADIENTS | {"use_distributed_optimizer": False}, "selective": SELECTIVE},
+    ),
+    "DP2-bf16": (
+        {},
+        "bf16",
+        {"both-offloaded": BOTH | {"offload": PARTS}, "cpu-adam-offloaded": CPU_ADAM | {"offload": PARTS}},
+    ),
+}
+FOUR_RANKS: dict[str, Any] = {
+    "TP2-DP2": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, "fp32", {"both": BOTH}),
+    "PP2-DP2": (PP2, "fp32", {"both": BOTH}),
+}
+INTERLEAVED: dict[str, Any] = {
+    "VPP2-DP2": (PP2 | {"virtual_pipeline_model_parallel_size": 2}, "fp32", {"both": BOTH}),
+}
+
+
+def variants(*worlds: dict[str, Any]) -> list[str]:
+    return [f"{case}/{name}" for cases in worlds for case in cases for name in cases[case][2]]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of every rank: what each case and variant gave."""
+    folder = tmp_path_factory.mktemp("options")
+    arguments = {"path": actor_cases.make_model("qwen2-tied", folder), "work_dir": folder}
+    two = run_ranks("option_workers:compare", 2, arguments | {"cases": TWO_RANKS, "resumes": True})
+    four = run_ranks("option_workers:compare", 4, arguments | {"cases": FOUR_RANKS, "resumes": False})
+    return [*two, *four]
+
+
+def of(measured: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    found = [rank[name] for rank in measured if name in rank]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", variants(TWO_RANKS, FOUR_RANKS))
+def test_an_option_changes_no_loss_and_no_weight_beyond_the_rounding_of_a_norm(
+    measured: list[dict[str, Any]], name: str
+) -> None:
+    is_the_same(of(measured, name), name)
+
+
+@pytest.mark.slow
+def test_interleaved_stages_overlap_to_the_same_losses_and_weights(tmp_path: Path) -> None:
+    path = actor_cases.make_model("qwen2-tied", tmp_path)
+    arguments = {"path": path, "work_dir": tmp_path, "cases": INTERLEAVED, "resumes": False}
+    for name in variants(INTERLEAVED):
+        is_the_same(of(run_ranks("option_workers:compare", 4, arguments), name), name)
+
+
+def is_the_same(ranks: list[dict[str, Any]], name: str) -> None:
+    """Gradients and sums are the same bits; the norm is summed over other shards, and it scales the update."""
+    for rank in ranks:
+        assert rank["numbers"] < 5e-7, rank
+        assert rank["weights"] < 2e-7, rank
+        if "overlap" not in str(_options(name)):
+            assert rank["numbers"] == rank["weights"] == 0.0, rank
+
+
+@pytest.mark.parametrize("name", variants(TWO_RANKS))
+def test_a_checkpoint_holds_whole_weights_and_a_resumed_run_goes_on_with_the_same_numbers(
+    measured: list[dict[str, Any]], name: str
+) -> None:
+    for rank in of(measured, name):
+        assert rank["resumed_weights"]
+        assert rank["resumed_numbers"] < 5e-7, rank
+
+
+@pytest.mark.parametrize("name", variants(TWO_RANKS, FOUR_RANKS))
+def test_the_policy_is_whole_after_its_update_and_only_a_gather_that_was_put_off_leaves_the_reward_model_in_parts(
+    measured: list[dict[str, Any]], name: str
+) -> None:
+    for rank in of(measured, name):
+        assert rank["whole"] == {"policy": True, "reward_model": "overlap_param_gather" not in _options(name)}
+
+
+def test_buckets_and_the_cpu_optimizer_were_there(measured: list[dict[str, Any]]) -> None:
+    assert min(rank["buckets"] for rank in of(measured, "DP2-bf16/both-offloaded")) > 2
+    assert {rank["optimizer"] for rank in of(measured, "DP2-bf16/cpu-adam-offloaded")} == {"HybridDeviceOptimizer"}
+    assert {rank["optimizer"] for rank in of(measured, "DP2-bf16/both-offloaded")} == {"AdamW"}
+
+
+def test_a_step_packs_and_moves_its_micro_batches_once_for_all_three_models(measured: list[dict[str, Any]]) -> None:
+    for rank in of(measured, "DP2"):
+        first, second = rank["passes"][:3], rank["passes"][3:]
+        assert len(rank["passes"]) == 6 and first[0] == first[1] == first[2] and second[0] == second[1] == second[2]
+        assert rank["moved"] == len(first[0]) + len(second[0])
+
+
+def _options(name: str) -> dict[str, Any]:
+    case, variant = name.split("/")
+    return (TWO_RANKS | FOUR_RANKS | INTERLEAVED)[case][2][variant]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "tp-overlap": ({"tp_comm_overlap": True}, "local", r"tp_comm_overlap=true needs TransformerEngine's layers"),
+    "backend": ({"attention_backend": "fused"}, "local", r"attention_backend=fused needs .*: set it to auto"),
+    "activations": ({"cpu_offloading_num_layers": 1}, "local", r"cpu_offloading_num_layers=1 needs .*: set it to 0"),
+    "modules": (
+        {"fine_grained_activation_offloading": True},
+        "local",
+        r"fine_grained_activation_off.*=true needs",
+    ),
+    "fusion": ({"gradient_accumulation_fusion": True}, "local", r"gradient_accumulation_fusion=true needs"),
+    "no-apex": ({"gradient_accumulation_fusion": True}, "transformer_engine", r"install apex with --cuda_ext"),
+    "no-flash": ({"attention_backend": "flash"}, "transformer_engine", r"flash-attn is not installed"),
+    "no-gpu": ({"optimizer_cpu_offload": True}, "local", r"optimizer_cpu_offload=true: this run has no CUDA device"),
+    "precision": ({"use_precision_aware_optimizer": True}, "local", r"needs TransformerEngine, which is not installed"),
+    "version": (
+        {"tp_comm_overlap": True, "tp_comm_overlap_options": {"tp_comm_overlap_xy": True}},
+        "transformer_engine",
+        r"parallel\.tp_comm_overlap_options: tp_comm_overlap_xy: megatron-core [\d.]+ has no such option: remove it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_this_machine_cannot_serve_is_refused_by_its_key(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, implementation, message = REFUSED[case]
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=message) as error:
+        check_options(ParallelConfig(**options), implementation, is_cuda=implementation != "local")  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_and_a_fusion_switched_off_are_served_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+    check_options(ParallelConfig(), "local", is_cuda=False)
+    check_options(ParallelConfig(gradient_accumulation_fusion=False), "local", is_cuda=False)
+    assert not fuses_weight_gradient(ParallelConfig(), "local")
+
+
+def test_an_attention_variable_that_contradicts_the_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "NVTE_FLASH_ATTN", "0")
+    with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=0 contradicts parallel\.attention_backend=auto.*unset it"):
+        check_options(ParallelConfig(), "local", is_cuda=False)
