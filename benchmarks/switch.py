@@ -9,7 +9,8 @@ initialised model of the named shape. The table has the phases of ``time/sleep``
 responses are drawn: the switch costs the same after long ones, whose generation is not what is measured here.
 
 Shapes: ``tiny`` (for a machine without a GPU, where the memory saver of ``tests/sglang_cpu`` stands in), and those of
-Qwen2.5-1.5B and 7B with their vocabulary, in bf16. ``--engine-tp`` ranks share a server.
+Qwen2.5-1.5B and 7B with their vocabulary, in bf16. ``--engine-tp`` ranks share a server. ``--frozen``: no model learns,
+for shapes whose optimizer does not fit into the device; the switch is the same.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from typing import Any
 import torch
 import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_oreal.telemetry.machine import processor_and_cores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -77,7 +80,8 @@ def write_config(folder: Path, arguments: argparse.Namespace, is_cuda: bool) -> 
     tree = {
         "work_dir": str(folder / "run"),
         "total_steps": arguments.steps,
-        "model": {"path": str(folder / "model"), "dtype": "bf16" if is_cuda else "fp32", "stop_word": "<|end|>"},
+        "model": {"path": str(folder / "model"), "dtype": "bf16" if is_cuda else "fp32", "stop_word": "<|end|>"}
+        | ({"reward_model": False} if arguments.frozen else {}),
         "data": {"train": str(folder / "train.jsonl")},
         "rollout": {
             "engine": "sglang",
@@ -90,7 +94,7 @@ def write_config(folder: Path, arguments: argparse.Namespace, is_cuda: bool) -> 
             "max_running_requests": 64,
             "max_logp_difference": None,
         },
-        "algorithm": {"filter": "none", "actor_freeze_steps": 0},
+        "algorithm": {"filter": "none", "actor_freeze_steps": arguments.steps if arguments.frozen else 0},
         "parallel": {
             "tensor_model_parallel_size": arguments.tp,
             "max_tokens_per_microbatch": 2048,
@@ -126,8 +130,7 @@ def table(records: list[dict[str, float]]) -> list[dict[str, Any]]:
 def hardware(is_cuda: bool) -> str:
     if is_cuda:
         return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].split(':')[1].strip() if names else platform.machine()}, {os.cpu_count()} cores"
+    return processor_and_cores()
 
 
 def main() -> None:
@@ -138,6 +141,7 @@ def main() -> None:
     parser.add_argument("--engine-tp", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--sglang", default="{}", help="further server arguments, as JSON")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -159,6 +163,7 @@ def main() -> None:
         "ranks": arguments.ranks,
         "tp": arguments.tp,
         "engine_tp": arguments.engine_tp,
+        "frozen": arguments.frozen,
         "steps": len(records),
         "hardware": hardware(is_cuda),
         "load_average_before": load,

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oreal.layout import load_model_spec
+from megatron_oreal.layout import SafetensorsSource, load_from_hf, load_model_spec
 from megatron_oreal.rollout.sglang import args as arguments
 from megatron_oreal.rollout.sglang.dispatcher import Dispatcher, DispatchSettings
-from megatron_oreal.rollout.sglang.engine import ServerSettings, SglangEngine
+from megatron_oreal.rollout.sglang.engine import SglangEngine
 from megatron_oreal.rollout.sglang.process import ServerProcess
+from megatron_oreal.rollout.sglang.settings import ServerSettings
 
 SETUP = Path(__file__).with_name("setup_sglang.sh")
 needs_sglang = pytest.mark.skipif(
@@ -44,19 +45,38 @@ def make_engine(
     )
 
 
+def stage_hf_weights(engine: SglangEngine, model_dir: Path, version: int) -> None:
+    """Bring a checkpoint to the engine as a trainer brings its weights: group by group, through the two buckets."""
+    (shard,) = engine.layout.shards
+    weights = {name: torch.zeros(shape) for name, shape in shard.params}
+    with SafetensorsSource(model_dir) as source:
+        load_from_hf(source, shard, weights)
+    handover = engine.stage(version)
+    assert len(handover.groups) > 3
+    for number, group in enumerate(handover.groups):
+        buffers = handover.open(number)
+        for name in group:
+            buffers[name].copy_(weights[name])
+        handover.hand_over(number)
+    engine.load_weights(version)
+    engine.release_staging()
+
+
 def fast_settings(window: int = 64, *, max_restarts: int = 3, control_timeout_s: float = 60.0, **changes: Any) -> Any:
-    """Deadlines that a test can wait for."""
+    """Deadlines that a test can wait for, and buckets that a small model fills several times."""
     dispatch = {
         "health_interval_s": 1.0,
         "health_timeout_s": 25.0,
-        "recover_timeout_s": 150.0,
-        "step_deadline_s": 240.0,
+        "recover_timeout_s": 400.0,
+        "step_deadline_s": 500.0,
     }
     return ServerSettings(
         window=window,
-        start_timeout_s=180.0,
+        start_timeout_s=400.0,
         control_timeout_s=control_timeout_s,
         max_restarts=max_restarts,
+        bucket_bytes=changes.pop("bucket_bytes", 16384),
+        keep_weights=changes.pop("keep_weights", True),
         dispatch=DispatchSettings(**(dispatch | changes)),
     )
 
@@ -101,7 +121,7 @@ class SharedServer:
         server = self._servers[architecture]
         if server.pid is None:
             server.start()
-            server.wait_ready(180.0)
+            server.wait_ready(400.0)
         return server
 
     def close(self) -> None:

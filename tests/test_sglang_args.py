@@ -1,13 +1,17 @@
 """Server arguments, and which ranks share a server. Where SGLang is installed, against its own ``ServerArgs``."""
 
+import importlib.machinery
 import json
 
 import pytest
+import tiny
 import torch
 from sglang_server import needs_sglang
 
+from megatron_oreal.config_check import check_config
 from megatron_oreal.config_load import load_config
 from megatron_oreal.errors import UserError
+from megatron_oreal.layout import load_model_spec
 from megatron_oreal.rollout.sglang import args
 from megatron_oreal.rollout.sglang.args import check_server_args, server_arg_names, server_args, write_model_dir
 from megatron_oreal.rollout.sglang.build import engine_ranks, shard_ranks
@@ -51,6 +55,23 @@ def test_every_argument_that_is_passed_is_one_of_sglangs(tmp_path):
         assert json.loads(json.dumps(final)) == final
 
 
+def test_names_are_found_where_sglang_puts_the_class_together(tmp_path, monkeypatch):
+    """As from 0.5.20 on: one class of fields a namespace, and none in ``ServerArgs`` itself."""
+    fields = tmp_path / "srt" / "arg_groups" / "fields"
+    fields.mkdir(parents=True)
+    (tmp_path / "srt" / "server_args.py").write_text("class ServerArgs:\n    pass\nclass PortArgs:\n    port: int\n")
+    (fields / "model.py").write_text("class Model(Struct):\n    _NS_PATH = 'model'\n    model_path: A[str, 'path']\n")
+    (fields / "memory.py").write_text("class Memory(Struct):\n    mem_fraction_static: A[float, 'share'] = 0.9\n")
+    spec = importlib.machinery.ModuleSpec("sglang", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(args.importlib.util, "find_spec", lambda name: spec)
+    server_arg_names.cache_clear()
+    try:
+        assert server_arg_names() == {"model_path", "mem_fraction_static"}
+    finally:
+        server_arg_names.cache_clear()
+
+
 def test_without_sglang_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(args, "server_arg_names", lambda: None)
     with pytest.raises(UserError, match=r"pip install 'sglang.*tests/setup_sglang\.sh"):
@@ -83,3 +104,12 @@ def test_engines_are_neighbours_on_one_node_and_every_rank_stages_one_shard():
     assert shard_ranks(engines) == {0: [0, 4, 8, 12], 1: [1, 5, 9, 13], 2: [2, 6, 10, 14], 3: [3, 7, 11, 15]}
     with pytest.raises(UserError, match=r"rollout\.engine_tp=16 does not divide the 8 ranks a node"):
         engine_ranks(world_size=16, ranks_per_node=8, tp=16)
+
+
+def test_a_server_may_not_take_longer_than_the_other_ranks_wait(tmp_path):
+    config = load_config(
+        tiny.write_run(tmp_path, tiny.write_model(tmp_path / "model")),
+        ["rollout.engine=sglang", "parallel.distributed_timeout_s=60"],
+    )
+    with pytest.raises(UserError, match=r"rollout\.server\.control_timeout_s=300 is not below .*=60"):
+        check_config(config, load_model_spec(tmp_path / "model"), 1)

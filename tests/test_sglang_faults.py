@@ -17,7 +17,7 @@ import torch
 pytest.register_assert_rewrite("engine_contract")
 
 import engine_contract as contract  # noqa: E402
-from sglang_server import fast_settings, left_over, make_engine, needs_sglang  # noqa: E402
+from sglang_server import fast_settings, left_over, make_engine, needs_sglang, stage_hf_weights  # noqa: E402
 
 from megatron_oreal.rollout.engine import Completion, EngineError, Request  # noqa: E402
 from megatron_oreal.rollout.hf_weights import load_hf_engine, write_hf_weights  # noqa: E402
@@ -125,7 +125,7 @@ def test_a_server_killed_during_a_sync_is_started_again_and_takes_the_version(en
     os.kill(workers[0], signal.SIGSTOP)  # the sync stands still ...
     killer = threading.Timer(1.0, os.kill, (workers[0], signal.SIGKILL))  # ... until it is killed in the middle
     killer.start()
-    write_hf_weights(engine, model_dir, version=engine.health().version + 1)
+    stage_hf_weights(engine, model_dir, engine.health().version + 1)
     killer.join()
     assert not set(before) & set(group_members(engine._server.pid))
     completions, seen = generate_with(engine, lambda: None)
@@ -249,6 +249,25 @@ def test_the_first_sync_overwrites_the_engine_with_noise(engine, model_dir, monk
     for _ in range(2):
         write_hf_weights(engine, model_dir, version=engine.health().version + 1)
     assert [sent["noise_seed"] is not None for sent in orders] == [True, False]
+
+
+def test_a_version_comes_group_by_group_and_another_one_of_it_changes_nothing(engine, model_dir, expected):
+    for _ in range(2):
+        stage_hf_weights(engine, model_dir, engine.health().version + 1)
+        assert engine._buckets.nbytes == 0, "staging is given back"
+        check(*generate_with(engine, lambda: None), expected)
+
+
+def test_a_server_killed_before_it_wakes_has_the_kept_weights_when_it_is_awake(engine, model_dir, expected):
+    """Between the sync and the waking of the caches nobody watches the server."""
+    engine.sleep()
+    engine.wake(["weights"])
+    stage_hf_weights(engine, model_dir, engine.health().version + 1)
+    for pid in group_members(engine._server.pid)[1:]:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: engine._server.pid is None, 10)
+    engine.wake()
+    check(*generate_with(engine, lambda: None), expected)
 
 
 def test_released_weights_are_gone_until_a_version_is_loaded(engine, model_dir, expected):

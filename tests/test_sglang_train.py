@@ -155,7 +155,8 @@ def sync_twice(quickstart: Path, folder: Path, keys: Sequence[str]) -> list[list
             run.publish()
             run.actor.export(folder / f"version{version}")
             drawn = run.rollouts.sample(run.held_out, 1, greedy, lambda group, sample: 0, None)
-            versions.append(drawn)
+            versions.append(drawn.fetch(range(len(drawn))))
+            drawn = versions[-1]
             run.sleep()
             items = [PackItem.of(t) for t in drawn]
             rewards = [1 if i % 2 else -1 for i in range(len(items))]
@@ -188,7 +189,7 @@ def test_successive_syncs_from_pipeline_stages_equal_the_exported_model(
         assert len(first[version]) == 2
         for drawn, seen in zip(first[version], second[version], strict=True):
             tokens = drawn.response_ids.tolist()
-            assert (seen.response_ids.tolist(), seen.text) == (tokens, drawn.text)
+            assert seen.response_ids.tolist() == tokens
             expected, logps = greedy_of(tmp_path / f"version{version}", drawn.prompt_ids, len(tokens))
             assert tokens == expected
             own = logps[torch.arange(len(tokens)), torch.tensor(tokens)].numpy()

@@ -116,17 +116,22 @@ class Digester:
         """Drop the scratch memory (at most a chunk in int64 on each device used). Idempotent."""
         self._hasher.scratch.clear()
 
-    def hash_source(self, rank: int, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Digests of the cells of this rank's source shard, int64 [n] on its device; the host does not wait for it."""
-        return self._hash(self._held[0].get(self._source_of.get(rank, -1)), tensors)
+    def hash_source(self, rank: int, tensors: Mapping[str, Tensor], *, partial: bool = False) -> Tensor:
+        """Digests of the cells of this rank's source shard, int64 [n] on its device; the host does not wait for it.
 
-    def hash_dest(self, rank: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        ``partial``: ``tensors`` are some of the shard's parameters; cells of the others are 0, so that the digests of
+        disjoint parts add up to those of the whole.
+        """
+        return self._hash(self._held[0].get(self._source_of.get(rank, -1)), tensors, partial)
+
+    def hash_dest(self, rank: int, tensors: Mapping[str, Tensor], *, partial: bool = False) -> Tensor:
         """The same of its destination shard, after the number of elements of its padding that are not zero."""
         index = self._dest_of.get(rank, -1)
-        hashes = self._hash(self._held[1].get(index), tensors)
+        hashes = self._hash(self._held[1].get(index), tensors, partial)
         wrong = hashes.new_zeros(())
         for name, rect in self._padding.get(index, ()):
-            wrong += self._hasher.bits(tensors[name][to_slices(rect)]).count_nonzero()
+            if not partial or name in tensors:
+                wrong += self._hasher.bits(tensors[name][to_slices(rect)]).count_nonzero()
         return torch.cat([wrong[None], hashes])
 
     def verify(self, rank: int, version: int, source: Tensor, dest: Tensor) -> DigestReport:
@@ -207,13 +212,18 @@ class Digester:
         return _HEADER + sum(len(held[index].numbers) for held, index, _ in self._sides(rank, {}, {}))
 
     @torch.no_grad()
-    def _hash(self, held: _Held | None, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _hash(self, held: _Held | None, tensors: Mapping[str, Tensor], partial: bool) -> Tensor:
         if held is None or not held.places:
             return torch.zeros(0, dtype=torch.int64)
-        hashes = []
-        for number, (param, rect) in zip(held.numbers.tolist(), held.places, strict=True):
-            hashes.append(self._hasher.digest(tensors[param][to_slices(rect)], self._cells[number].rect))
-        return torch.stack(hashes)
+        hashes, rows = [], []
+        for row, (number, (param, rect)) in enumerate(zip(held.numbers.tolist(), held.places, strict=True)):
+            if not partial or param in tensors:
+                hashes.append(self._hasher.digest(tensors[param][to_slices(rect)], self._cells[number].rect))
+                rows.append(row)
+        if not hashes:
+            return torch.zeros(len(held.places), dtype=torch.int64)
+        found = torch.stack(hashes)
+        return found if not partial else found.new_zeros(len(held.places)).index_copy_(0, _on(found, rows), found)
 
 
 class _Cells:
@@ -306,6 +316,10 @@ class _Hasher:
         if held is None or held.numel() < part.numel():
             held = self.scratch[part.device] = torch.empty(part.numel(), dtype=torch.int64, device=part.device)
         return held[: part.numel()].view(part.shape).copy_(part)
+
+
+def _on(like: Tensor, numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, device=like.device)
 
 
 def _odd_numbers(stream: int, count: int) -> Tensor:

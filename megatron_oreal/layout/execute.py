@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import TracebackType
 
 import torch
@@ -33,6 +33,9 @@ class Traffic:
     shared: int = 0
     staged: int = 0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
+
 
 class Resharder:
     """Executes one plan on one rank, again and again; made once, by every rank of the plan with the same options.
@@ -42,7 +45,7 @@ class Resharder:
     contiguous, of that dtype and on the wire's device is sent from the parameter itself, or received into it. All
     others pass through two buckets to send and two to receive, of at most ``bucket_bytes`` each (at least an element
     for each peer), allocated by the first ``run`` and kept until ``release``, after which a ``run`` allocates them
-    again. A context manager that releases them.
+    again. A context manager that releases them. ``share_buckets``: another one that never runs at the same time.
 
     The messages of a round are all posted before any is waited for, and both sides derive the rounds from the plan:
     there is no order in which ranks could wait for each other in a circle. On CUDA everything is queued on the current
@@ -59,11 +62,12 @@ class Resharder:
         wire_dtype: torch.dtype,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         own_message_bytes: int = OWN_MESSAGE_BYTES,
+        share_buckets: Resharder | None = None,
     ) -> None:
         size = wire_dtype.itemsize
         self.plan, self.rank, self.group, self.wire_dtype = plan, rank, group, wire_dtype
         self.schedule = make_schedule(plan, rank, bucket_bytes // size, max(1, own_message_bytes // size))
-        self._buckets: dict[str, Tensor] = {}
+        self._buckets: dict[str, Tensor] = {} if share_buckets is None else share_buckets._buckets
 
     def __enter__(self) -> Resharder:
         return self

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -67,6 +67,16 @@ class Plan:
             holder = piece.holders[self.holder[row]]
             ranks = int(self.src_rank[row]), int(self.dst_rank[row])
             yield Copy(*ranks, holder.param, holder.rect, piece.param, piece.rect)
+
+    def only(self, params: Collection[str]) -> Plan:
+        """The part of the plan that fills these destination parameters, on every rank that has them.
+
+        The parts of a partition of the parameters are the whole plan, cut in time instead of in space.
+        """
+        chosen = np.array([piece.param in params for piece in self.pieces], dtype=bool)[self.piece]
+        zeros = {rank: tuple(each for each in rects if each[0] in params) for rank, rects in self.zeros.items()}
+        columns = {name: getattr(self, name)[chosen] for name in ("piece", "holder", "src_rank", "dst_rank")}
+        return replace(self, **columns, zeros={rank: rects for rank, rects in zeros.items() if rects})
 
     def aliases(self, rank: int) -> dict[str, str]:
         """Destination parameters of a rank that are source parameters of it: name to the source's name.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from megatron_oreal.platform import Platform
 from megatron_oreal.rollout.engine import Engine, EngineError
 from megatron_oreal.rollout.sglang.dispatcher import Endpoint
 from megatron_oreal.rollout.sglang.engine import SglangEngine
+from megatron_oreal.rollout.sglang.handover import Handover
 from megatron_oreal.telemetry import PhaseTimers
 
 T = TypeVar("T")
@@ -72,6 +74,14 @@ class Fleet:
             engine = self.engine
             self._together(lambda: engine.wake(["weights"]), "the engines' weights to wake")
 
+    def stage(self, version: int) -> Mapping[str, Tensor] | Handover:
+        """Return where this rank's weights of ``version`` are to be written: into servers group by group."""
+        engine = self.engine
+        if isinstance(engine, SglangEngine):
+            self.endpoints = []
+            return self._together(lambda: engine.stage(version), "every engine to be ready for new weights")
+        return engine.weight_buffers()
+
     def load_weights(self, version: int) -> None:
         """Make what the ranks have staged the weights that generate, visible once every engine has acknowledged it."""
         self.endpoints = []
@@ -91,8 +101,8 @@ class Fleet:
             self._asleep = False
 
     def release_staging(self) -> None:
-        """Give the device memory back in which the ranks have staged weights; host memory is kept, for restarts."""
-        if isinstance(self.engine, SglangEngine) and self.platform.is_cuda:
+        """Give the memory back in which the ranks have staged weights; what restarted servers load is kept."""
+        if isinstance(self.engine, SglangEngine):
             self._together(self.engine.release_staging, "the engines to let go of the staging memory")
 
     def shutdown(self) -> None:

@@ -51,17 +51,24 @@ def server_arg_names() -> frozenset[str] | None:
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         return None
-    source = Path(next(iter(spec.submodule_search_locations))) / "srt" / "server_args.py"
+    package = Path(next(iter(spec.submodule_search_locations))) / "srt"
+    source = package / "server_args.py"
     if not source.is_file():
         return None
+    names = set(_fields_of(source, "ServerArgs"))
+    for group in sorted((package / "arg_groups" / "fields").glob("*.py")):  # from 0.5.20 on the class is put together
+        names |= _fields_of(group)
+    return frozenset(names)
+
+
+def _fields_of(source: Path, class_name: str | None = None) -> set[str]:
+    """Annotated fields of a module's class, or of all its classes."""
+    found = set()
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs":
-            return frozenset(
-                item.target.id
-                for item in node.body
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            )
-    return None
+        if isinstance(node, ast.ClassDef) and class_name in (None, node.name):
+            annotated = [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
+            found |= {target.id for target in annotated if isinstance(target, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
 
 
 def check_server_args(user: Mapping[str, Any]) -> None:

@@ -13,8 +13,9 @@ from megatron_oreal.config import Config
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout import ModelSpec
 from megatron_oreal.platform import Platform
-from megatron_oreal.rollout.sglang.engine import SglangEngine, settings_from
+from megatron_oreal.rollout.sglang.engine import SglangEngine
 from megatron_oreal.rollout.sglang.group import EngineGroup, RankGroup, SoloGroup
+from megatron_oreal.rollout.sglang.settings import settings_from
 
 
 def engine_ranks(world_size: int, ranks_per_node: int, tp: int) -> list[list[int]]:

@@ -144,7 +144,7 @@ def generate_body(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p if sampling.temperature > 0 else 1.0,
         "top_k": sampling.top_k if sampling.top_k > 0 else (vocab_size if kept_mass else -1),
-        "max_new_tokens": min(sampling.max_new_tokens, sampling.max_length - len(prompt)),
+        "max_new_tokens": request.limit(sampling),
         "sampling_seed": signed_seed(request.seed),
         "skip_special_tokens": False,
     }

@@ -9,6 +9,7 @@ of the step: whoever owns the server restarts it and gives them to it (``engine.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import queue
 import random
@@ -86,12 +87,16 @@ class Dispatcher:
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Run a coroutine on the loop and return its result; for other threads than the loop's."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self.submit(work)
         try:
             return future.result(timeout_s)
         except BaseException:
             future.cancel()
             raise
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Begin a coroutine on the loop; for other threads than the loop's."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def client(self, url: str) -> ServerClient:
         """Return a client whose methods are awaited on this loop (through ``run``)."""

@@ -2,83 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
-import contextlib
-import dataclasses
 import functools
-import threading
-import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_oreal.config import ServerConfig
 from megatron_oreal.layout import DigestReport, Layout, ModelSpec, sglang_layout
 from megatron_oreal.rollout.checks import checked_prompts
 from megatron_oreal.rollout.engine import Completion, EngineError, Health, Request, SamplingParams
 from megatron_oreal.rollout.sglang import args as arguments
-from megatron_oreal.rollout.sglang.client import Health as ServerHealth
-from megatron_oreal.rollout.sglang.client import UnreachableError
 from megatron_oreal.rollout.sglang.digests import shard_digester
-from megatron_oreal.rollout.sglang.dispatcher import Dispatcher, DispatchSettings, Endpoint, Progress
+from megatron_oreal.rollout.sglang.dispatcher import Dispatcher, Endpoint, Progress
 from megatron_oreal.rollout.sglang.group import EngineGroup, SoloGroup
+from megatron_oreal.rollout.sglang.handover import Buckets, Handover
+from megatron_oreal.rollout.sglang.keeper import Loaded, ServerKeeper
 from megatron_oreal.rollout.sglang.process import ServerProcess
-from megatron_oreal.rollout.sglang.staging import ShardStaging
-from megatron_oreal.rollout.sglang.weights import TAGS, WeightSync
+from megatron_oreal.rollout.sglang.settings import ServerSettings
+from megatron_oreal.rollout.sglang.staging import HostSegment, ShardStaging, padded_bytes, weight_groups
+from megatron_oreal.rollout.sglang.weights import TAGS, Part, WeightSync
 
 T = TypeVar("T")
 OnComplete = Callable[[int, Completion], None]
-_WATCH_S = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """``rollout.server``. ``window``: requests that a server has at a time, those that wait there included."""
-
-    host: str = "127.0.0.1"
-    start_timeout_s: float = 600.0
-    control_timeout_s: float = 300.0
-    max_restarts: int = 3
-    window: int = 512
-    dispatch: DispatchSettings = field(default_factory=DispatchSettings)
-
-
-def settings_from(config: ServerConfig) -> ServerSettings:
-    """Take ``rollout.server`` apart."""
-    names = {item.name for item in dataclasses.fields(DispatchSettings)}
-    return ServerSettings(
-        host=config.host,
-        start_timeout_s=config.start_timeout_s,
-        control_timeout_s=config.control_timeout_s,
-        max_restarts=config.max_restarts,
-        window=config.requests_per_server,
-        dispatch=DispatchSettings(**{name: getattr(config, name) for name in names}),
-    )
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What the server was given last, for a server that has to be started again."""
-
-    version: int
-    stagings: list[dict[str, Any]]
-    hashes: list[Tensor]
 
 
 class SglangEngine:
     """An ``Engine`` on one SGLang server of ``tp`` tensor-parallel workers, shared by the trainer ranks of ``group``.
 
     Every member makes this object with the same arguments and makes the same calls. The first member owns the server
-    and generates; each member stages ``tp / group.size`` of the engine's shards: ``weight_buffers`` are in memory that
-    the server's workers read directly (``layout`` says what stands where: ``sglang_layout`` of this ``tp``).
+    and generates; each member has ``tp / group.size`` of the engine's shards (``layout`` says what stands where:
+    ``sglang_layout`` of this ``tp``). Weights come in two ways: whole shards in ``weight_shards``, host memory that the
+    server's workers read; or, from a trainer's device, through ``stage``, group by group.
 
     ``devices``: the CUDA devices of the group, as ``CUDA_VISIBLE_DEVICES`` spells them. ``server_args``: SGLang's own
     names, from ``rollout.sglang``. While the engine may generate, a thread watches the server: one that ended or hangs
-    is started again, gets the loaded version from the staging memory, and only then answers with it.
+    is started again, gets the loaded version from the kept shards, and only then answers with it.
     ``num_restarts`` counts that. A ``server`` that is given, made with the same arguments, is left to its maker.
     """
 
@@ -104,7 +66,6 @@ class SglangEngine:
         arguments.check_server_args(server_args or {})
         self.spec, self.tp, self.max_length = spec, tp, max_length
         self.settings = settings or ServerSettings()
-        self.num_restarts = 0
         self.device, self._dtype = torch.device(device), dtype
         arguments.check_model(spec, self.device, tp)
         self._group = group or SoloGroup()
@@ -112,16 +73,15 @@ class SglangEngine:
         self.layout: Layout = sglang_layout(spec, tp=tp, device="cuda" if self.device.type == "cuda" else "cpu")
         self._digester = shard_digester(spec, tp, self.device.type, dtype)
         self._stagings: dict[int, ShardStaging] = {}
+        self._groups = weight_groups(self.layout, dtype, self.settings.bucket_bytes)
+        self._buckets: Buckets | None = None
+        self._handover: Handover | None = None
         self._version, self._awake, self._closed, self._generating = -1, True, False, False
-        self._weights_gone, self._failure = False, ""
-        self._released: list[str] = []
-        self._loaded: _Loaded | None = None
-        self._lock = threading.RLock()
+        self._weights_gone = False
         self._owns_dispatcher = dispatcher is None
         self.dispatcher = dispatcher or Dispatcher(self.settings.dispatch)
         self._server: ServerProcess | None = None
-        self._serving = threading.Event()
-        self._pauses = 0
+        self._keeper: ServerKeeper | None = None
         if self.is_owner:
             user = dict(server_args or {})
             model_dir = arguments.write_model_dir(model_path, folder / f"{name}.model", max_length)
@@ -134,11 +94,11 @@ class SglangEngine:
                 max_running_requests=max_running_requests,
                 max_length=max_length,
             )
-            self._saves_memory = bool(final["enable_memory_saver"])
             self._counts = "sampling_backend" not in user
             self._owns_server = server is None
             environment = arguments.server_environment(self.device, list(devices), tp)
-            self._open(server or self._make_server(final, environment, folder, name), str(model_dir))
+            self._server = server or self._make_server(final, environment, folder, name)
+            self._keeper = self._make_keeper(self._server, str(model_dir), bool(final["enable_memory_saver"]))
 
     def _make_server(
         self, server_args: Mapping[str, Any], environment: Mapping[str, str], folder: Path, name: str
@@ -146,16 +106,11 @@ class SglangEngine:
         host = self.settings.host
         return ServerProcess(server_args, environment, folder, name=name, host=host, counter_sampler=self._counts)
 
-    def _open(self, server: ServerProcess, model_dir: str) -> None:
-        self._server = server
-        self._sync = WeightSync(
-            self.dispatcher.client(server.url),
-            model_dir,
-            tp=self.tp,
-            digester=self._digester,
-            timeout_s=self.settings.control_timeout_s,
-        )
-        threading.Thread(target=self._watch, name=f"{server.name} watch", daemon=True).start()
+    def _make_keeper(self, server: ServerProcess, model_dir: str, saves_memory: bool) -> ServerKeeper:
+        timeout_s = self.settings.control_timeout_s
+        client = self.dispatcher.client(server.url)
+        self._sync = WeightSync(client, model_dir, tp=self.tp, digester=self._digester, timeout_s=timeout_s)
+        return ServerKeeper(server, self._sync, self.dispatcher, self.settings, saves_memory=saves_memory)
 
     @property
     def is_owner(self) -> bool:
@@ -163,9 +118,18 @@ class SglangEngine:
         return self._group.rank == 0
 
     @property
+    def num_restarts(self) -> int:
+        """Times that the server was started again, on the rank that has it."""
+        return self._keeper.num_restarts if self._keeper is not None else 0
+
+    @property
+    def _failure(self) -> str:
+        return self._keeper.failure if self._keeper is not None else ""
+
+    @property
     def endpoint(self) -> Endpoint:
         """Where the server is and what its weights are called now, for a dispatcher over several engines."""
-        return Endpoint(self._own_server().url, self._sync.label(self._version))
+        return Endpoint(self._own().server.url, self._sync.label(self._version))
 
     def start(self) -> None:
         """Start the server without waiting for it; anything that needs it waits. Idempotent."""
@@ -176,7 +140,7 @@ class SglangEngine:
     def wait_ready(self) -> None:
         """Return when the server answers; raises ``EngineError`` with the end of its log when it does not."""
         self.start()
-        self._together(lambda: self._own_server().wait_ready(self.settings.start_timeout_s))
+        self._together(lambda: self._own().server.wait_ready(self.settings.start_timeout_s))
 
     def generate(
         self,
@@ -199,7 +163,7 @@ class SglangEngine:
             raise EngineError("generate: the engine is asleep; call wake first")
         if self._version < 0:
             raise EngineError("generate: no weights are loaded yet; call load_weights first")
-        if self._weights_gone:
+        if self._weights_gone and endpoints is None:
             raise EngineError("generate: the weights were released in sleep or did not arrive; call load_weights first")
         checked_prompts(requests, sampling, max_length=self.max_length, vocab_size=self.spec.vocab_size)
         if not requests:
@@ -223,14 +187,14 @@ class SglangEngine:
             self._generating = False
 
     def weight_buffers(self) -> Mapping[str, Tensor]:
-        """Return this rank's shard in the engine's layout, in memory that the server's worker reads."""
+        """Return this rank's shard in the engine's layout, in host memory that the server's worker reads."""
         shards = self.weight_shards()
         if len(shards) != 1:
             raise EngineError(f"weight_buffers: this rank stages {len(shards)} shards; use weight_shards")
         return next(iter(shards.values()))
 
     def weight_shards(self) -> dict[int, Mapping[str, Tensor]]:
-        """Return the shards that this rank stages, by tensor-parallel rank of the engine; allocated when first asked.
+        """Return the shards of this rank whole, by tensor-parallel rank of the engine; allocated when first asked.
 
         Not to be written while the engine generates: a server that has to be restarted takes its weights from here.
         """
@@ -239,23 +203,64 @@ class SglangEngine:
         for rank in range(self._group.rank * share, (self._group.rank + 1) * share):
             if rank not in self._stagings:
                 shapes = self.layout.shards[rank].shapes
-                self._stagings[rank] = ShardStaging(shapes, self._dtype, self.device, f"shard{rank}")
+                nbytes = sum(padded_bytes(shape, self._dtype) for shape in shapes.values())
+                segment = HostSegment.create(nbytes, f"shard{rank}")
+                if self.device.type == "cuda":
+                    segment.pin()
+                self._stagings[rank] = ShardStaging(shapes, self._dtype, segment)
         return {rank: staging.tensors for rank, staging in self._stagings.items()}
 
-    def load_weights(self, version: int) -> DigestReport:
-        """Make what all members have staged the server's weights; a collective of the group.
+    def stage(self, version: int) -> Handover:
+        """Begin a version: what is written into the result goes to the server group by group, two groups at a time.
 
-        The version counts when every worker has acknowledged it and holds the staged bytes. Before the first one the
-        engine's weights are overwritten with noise. Raises ``EngineError``, on every member, unless it is a newer one
-        and arrives; a server that fails meanwhile is started again, ``max_restarts`` times in a run.
+        ``load_weights`` of the same version ends it. From here on nothing is generated until then. For members with one
+        shard each; a collective of the group. Raises ``EngineError``, on every member, when there is no server.
         """
         self._idle()
-        if version <= self._version:
-            raise EngineError(f"load_weights: version {version} is not newer than the loaded version {self._version}")
-        shards = self.weight_shards()
+        self._require_newer(version)
+        assert self._group.size == self.tp, "every member stages one shard"
+        self._drop_handover()
+        self._stop_serving()
+        self._weights_gone = True
+        rank = self._group.rank
+        if self._buckets is None:
+            self._buckets = Buckets(self.layout.shards[rank], self._groups, self._dtype, self.device)
+        keep = self.weight_shards()[rank] if self.settings.keep_weights else None
+        self._together(lambda: self._own().forget_loaded())
+        self._handover = Handover(
+            version,
+            self._groups,
+            self._buckets,
+            self._group,
+            rank,
+            self._digester,
+            dtype=self._dtype,
+            keep=keep,
+            feed=functools.partial(self._feed, version) if self.is_owner else None,
+            post=self._run,
+        )
+        return self._handover
+
+    def load_weights(self, version: int) -> DigestReport:
+        """Make what all members have staged, or have written to ``weight_shards``, the server's weights.
+
+        A collective of the group. The version counts when every worker has acknowledged it and holds the staged bytes.
+        Before the first one the engine's weights are overwritten with noise. Raises ``EngineError``, on every member,
+        unless it is a newer one and arrives; a server that fails meanwhile is started again, ``max_restarts`` times.
+        """
+        self._idle()
+        self._require_newer(version)
+        handover = self._handover
+        if handover is not None and handover.version != version:
+            self._drop_handover()
+            handover = None
+        shards = self.weight_shards() if handover is None else {}
+        hashes = {rank: self._digester.hash_source(rank, tensors) for rank, tensors in shards.items()}
+        if handover is not None:
+            hashes = {self._group.rank: handover.hashes()}
+        is_kept = handover is None or self.settings.keep_weights
         mine = {
-            rank: (self._stagings[rank].describe(), self._digester.hash_source(rank, tensors).cpu())
-            for rank, tensors in shards.items()
+            rank: (self._stagings[rank].describe() if is_kept else None, each.cpu()) for rank, each in hashes.items()
         }
         self._stop_serving()
         self._weights_gone = True
@@ -265,29 +270,25 @@ class SglangEngine:
             assert parts is not None
             merged = {rank: item for part in parts for rank, item in part.items()}
             stagings, hashes = zip(*(merged[rank] for rank in range(self.tp)), strict=True)
-            with self._lock:
-                self._loaded = None
-                loaded = _Loaded(version, list(stagings), list(hashes))
-                report = self._give(loaded)
-                self._loaded, self._failure = loaded, ""
-                return report
+            loaded = Loaded(version, list(stagings), list(hashes))
+            return self._own().load(loaded, handover, awake=self._awake)
 
         report = self._together(load)
         self._version, self._weights_gone = version, False
         if self._awake:
-            self._serving.set()
+            self._serve()
         return report
 
     def release_staging(self) -> None:
-        """Free the staging memory (on a GPU it is a second copy of the shard). A server that fails later stays out.
+        """Free the memory that ``stage`` works in, until it is called again; the kept shards stay.
 
-        A collective of the group. ``weight_shards`` allocates it again.
+        A collective of the group.
         """
         self._idle()
-        self._together(self._drop_loaded)
-        for staging in self._stagings.values():
-            staging.close()
-        self._stagings.clear()
+        self._drop_handover()
+        self._together(lambda: self._own().unmap_staging())
+        if self._buckets is not None:
+            self._buckets.close()
 
     def sleep(self, tags: Sequence[str] = TAGS) -> None:
         """Drop all requests and caches, and give device memory of ``tags`` back where the server's memory saver is on.
@@ -298,7 +299,7 @@ class SglangEngine:
         if not self._awake:
             return
         self._stop_serving()
-        released = self._together(functools.partial(self._fall_asleep, list(tags)))
+        released = self._together(lambda: self._own().fall_asleep(list(tags)))
         self._weights_gone = self._weights_gone or "weights" in released
         self._awake = False
 
@@ -308,11 +309,11 @@ class SglangEngine:
         A colocated step wakes in two parts: ``wake(["weights"])``, ``load_weights``, then ``wake()``.
         """
         self._idle()
-        left, is_new = self._together(functools.partial(self._wake_up, None if tags is None else list(tags)))
+        left, is_new = self._together(lambda: self._own().wake_up(None if tags is None else list(tags)))
         self._awake = not left
         self._weights_gone = self._weights_gone or is_new
         if self._awake and self._version >= 0 and not self._weights_gone:
-            self._serving.set()
+            self._serve()
 
     def health(self) -> Health:
         """Answer in any state, without asking the server."""
@@ -328,20 +329,25 @@ class SglangEngine:
         self._idle()
         self._closed = True
         self._stop_serving()
-        if self._server is not None:
-            if self._owns_server:
-                self._server.close()
-            self._sync.close()
+        if self._handover is not None:
+            self._handover.cancel()
+        if self._buckets is not None:
+            self._buckets.close()
+        if self._keeper is not None:
+            self._keeper.close(stop_server=self._owns_server)
         for staging in self._stagings.values():
             staging.close()
         self._stagings.clear()
         if self._owns_dispatcher:
             self.dispatcher.close()
 
+    def _serve(self) -> None:
+        if self._keeper is not None:
+            self._keeper.serve()
+
     def _stop_serving(self) -> None:
-        """From here on an unanswered health request means nothing, nor does one that is under way."""
-        self._serving.clear()
-        self._pauses += 1
+        if self._keeper is not None:
+            self._keeper.stop_serving()
 
     def _idle(self) -> None:
         if self._closed:
@@ -349,10 +355,10 @@ class SglangEngine:
         if self._generating:
             raise EngineError("the engine is generating; its on_complete callback must not call it")
 
-    def _own_server(self) -> ServerProcess:
-        if self._server is None:
+    def _own(self) -> ServerKeeper:
+        if self._keeper is None:
             raise EngineError(f"rank {self._group.rank} of the engine's group has no server; rank 0 has it")
-        return self._server
+        return self._keeper
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.dispatcher.run(work)
@@ -370,101 +376,14 @@ class SglangEngine:
             raise EngineError(value)
         return value
 
-    def _give(self, loaded: _Loaded) -> DigestReport:
-        return self._surviving(
-            lambda: self._sync.load(loaded.stagings, loaded.hashes, loaded.version, awake=self._awake)
-        )
+    def _require_newer(self, version: int) -> None:
+        if version <= self._version:
+            raise EngineError(f"load_weights: version {version} is not newer than the loaded version {self._version}")
 
-    def _surviving(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do something with the running server, or with a new one when this one does not survive it."""
-        while True:
-            self._ensure_started()
-            try:
-                return self._run(work())
-            except UnreachableError as error:
-                self._restart(str(error))
+    def _drop_handover(self) -> None:
+        if self._handover is not None:
+            self._handover.abandon()
+            self._handover = None
 
-    def _ensure_started(self) -> None:
-        server = self._own_server()
-        if server.pid is None and server.was_started:
-            self._restart("it has ended")
-            return
-        if server.pid is None:
-            server.start()
-        server.wait_ready(self.settings.start_timeout_s)
-
-    def _restart(self, reason: str) -> None:
-        server = self._own_server()
-        server.stop()
-        if self.num_restarts >= self.settings.max_restarts:
-            self._failure = (
-                f"the server was started again rollout.server.max_restarts={self.settings.max_restarts} times already, "
-                f"and now: {reason}; {server.log_tail()}"
-            )
-            raise EngineError(self._failure)
-        self.num_restarts += 1
-        self._released = []
-        server.start()
-        server.wait_ready(self.settings.start_timeout_s)
-        self._sync.restarted()
-
-    def _watch(self) -> None:
-        """While the engine may generate: bring the server back when it has ended or hangs."""
-        looked, health = time.monotonic(), ServerHealth(self._sync.client)
-        while not self._closed:
-            time.sleep(_WATCH_S)
-            pauses = self._pauses
-            if not self._serving.is_set() or self._failure:
-                looked, health = time.monotonic(), ServerHealth(self._sync.client)
-                continue
-            reason = "" if self._own_server().pid is not None else "it has ended"
-            if not reason and time.monotonic() - looked >= self.settings.dispatch.health_interval_s:
-                with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # the dispatcher is closing
-                    reason = self._run(health.complaint(self.settings.dispatch.health_timeout_s))
-                looked = time.monotonic()
-            if reason:
-                with self._lock:
-                    if pauses == self._pauses and not self._closed:
-                        self._bring_back(reason)
-
-    def _bring_back(self, reason: str) -> None:
-        with contextlib.suppress(EngineError):  # one that does not start is tried again until it may not
-            self._restart(reason)
-            if self._loaded is None:
-                return
-            try:
-                self._give(self._loaded)
-            except EngineError as error:
-                self._failure = self._failure or str(error)
-
-    def _drop_loaded(self) -> None:
-        with self._lock:
-            self._loaded = None
-            if self._own_server().pid is not None:
-                self._run(self._sync.forget_staging())
-
-    def _fall_asleep(self, tags: list[str]) -> list[str]:
-        """Returns what was released; the weights of a server that had to be started again are gone as well."""
-        with self._lock:
-            restarts = self.num_restarts
-            self._surviving(self._sync.pause)
-            if self._saves_memory:
-                self._surviving(lambda: self._sync.release(tags))
-                self._released = tags
-            return list({*self._released, *(["weights"] if self.num_restarts > restarts else [])})
-
-    def _wake_up(self, tags: list[str] | None) -> tuple[list[str], bool]:
-        """Take back; returns what is still released, and whether this is a new server, which has no weights."""
-        with self._lock:
-            restarts = self.num_restarts
-            self._ensure_started()
-            try:
-                for tag in ("weights", "kv_cache", "cuda_graph"):  # weights first: the caches take what is left
-                    if tag in self._released and (tags is None or tag in tags):
-                        self._run(self._sync.retake([tag]))
-                        self._released = [other for other in self._released if other != tag]
-                if not self._released:
-                    self._run(self._sync.resume())
-            except UnreachableError as error:
-                self._restart(str(error))  # it starts with all of its memory
-            return self._released, self.num_restarts > restarts
+    def _feed(self, version: int, parts: asyncio.Queue[Part | None]) -> concurrent.futures.Future[Any]:
+        return self.dispatcher.submit(self._sync.feed(parts, version, awake=self._awake))

@@ -8,6 +8,7 @@ the whole server, so every failure is an answer too.
 
 from __future__ import annotations
 
+import gc
 import json
 import traceback
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,12 @@ from megatron_oreal.rollout.sglang.staging import Segment, answer, open_segment,
 ORDER = "megatron_oreal.order"
 """Name of the tensor that carries the order: uint8 [n]."""
 
+_MOST_SEGMENTS = 3
+"""That a worker keeps mapped: two buckets and the kept shard."""
+
 _opened: dict[str, Segment] = {}
+_arrived: set[str] = set()
+"""Parameters that the version which is being loaded has brought so far."""
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
@@ -39,21 +45,33 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) ->
 
 
 def _load(model: torch.nn.Module, order: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the whole shard, wait until the device has done it, and report the digests of what then stands there."""
+    """Copy what is staged, and wait until the device has done it.
+
+    The last order of a version is answered with the digests of all that stands in the engine then, or with an error
+    when a parameter was not among what the version's orders have brought.
+    """
     params = dict(model.named_parameters())
     staging = order["staging"]
     dtype = getattr(torch, staging["dtype"])
+    if order["first"]:
+        _arrived.clear()
+        _settle()
     if complaint := _mismatch(params, staging["offsets"], dtype):
         return {"error": complaint}
     if order["noise_seed"] is not None:
         fill_with_noise(params.values(), order["noise_seed"])
     source = views(_open(staging["segment"]).tensor, staging["offsets"], dtype)
     with torch.no_grad():
-        for name, param in params.items():
-            param.data.copy_(source[name])
+        for name, tensor in source.items():
+            params[name].data.copy_(tensor)
+    _arrived.update(source)
     device = next(iter(params.values())).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # from here on the trainer may write into the staging memory again
+    if not order["last"]:
+        return {}
+    if missing := sorted(params.keys() - _arrived):
+        return {"error": f"the engine's parameters {missing[:3]} get no weights"}
     digester = shard_digester(load_model_spec(order["model_dir"]), order["tp"], device.type, dtype)
     return {"digests": digester.hash_dest(order["tp"] + order["rank"], params).tolist()}
 
@@ -73,17 +91,28 @@ _ORDERS = {"load": _load, "forget": _forget}
 
 
 def _mismatch(params: Mapping[str, Tensor], offered: Mapping[str, Any], dtype: torch.dtype) -> str | None:
-    """Say how the offered shard differs from the model: every parameter must be there, and nothing else."""
-    missing, unknown = sorted(params.keys() - offered.keys()), sorted(offered.keys() - params.keys())
-    if missing or unknown:
-        return f"the engine's parameters {missing[:3]} get no weights, {unknown[:3]} are not the engine's"
-    for name, param in params.items():
-        if list(param.shape) != offered[name][1] or param.dtype != dtype:
+    """Say what of the offered parameters is not the model's, or is of another shape or dtype there."""
+    if unknown := sorted(offered.keys() - params.keys()):
+        return f"{unknown[:3]} are not the engine's parameters"
+    for name, (_, shape) in offered.items():
+        param = params[name]
+        if list(param.shape) != shape or param.dtype != dtype:
             return (
                 f"{name!r} is {list(param.shape)} {param.dtype} in the engine, the trainer's layout says "
-                f"{offered[name][1]} {dtype}"
+                f"{shape} {dtype}"
             )
     return None
+
+
+def _settle() -> None:
+    """Take what SGLang has made so far out of Python's garbage collection, once.
+
+    SGLang's CPU engine collects garbage whenever its cache is flushed, which would look at a million objects that never
+    become garbage, for about a second.
+    """
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 def fill_with_noise(params: Any, seed: int) -> None:
@@ -97,8 +126,7 @@ def fill_with_noise(params: Any, seed: int) -> None:
 def _open(description: Mapping[str, Any]) -> Segment:
     key = json.dumps(description, sort_keys=True)
     if key not in _opened:
-        for segment in _opened.values():  # a worker reads one shard; another description means that it has moved
-            segment.close()
-        _opened.clear()
+        while len(_opened) >= _MOST_SEGMENTS:  # what was mapped first has moved
+            _opened.pop(next(iter(_opened))).close()
         _opened[key] = open_segment(description)
     return _opened[key]

@@ -1,6 +1,6 @@
 """Memory that trainer and engine share: a shard of weights in the engine's layout, and the engine's answers.
 
-On a CPU it is anonymous shared memory (``memfd``), which engine workers open through ``/proc/PID/fd``: it has no name
+In host memory it is anonymous and shared (``memfd``); engine workers open it through ``/proc/PID/fd``: it has no name
 that could be left behind, and is gone when the last process that maps it ends. On a GPU it is device memory that the
 workers map by CUDA IPC; it must come from ordinary segments, not from an allocator with expandable ones, and stays
 allocated until the workers have let it go.
@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import heapq
+import itertools
 import json
 import math
 import mmap
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_oreal.layout import Layout
 
 _ALIGNMENT = 256
 
@@ -31,6 +35,7 @@ class HostSegment:
         self.fd, self._id = fd, uuid.uuid4().hex
         self._map = mmap.mmap(fd, nbytes)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._is_pinned = False
 
     @classmethod
     def create(cls, nbytes: int, name: str) -> HostSegment:
@@ -53,8 +58,18 @@ class HostSegment:
         path = f"/proc/{os.getpid()}/fd/{self.fd}"  # may name another segment later, hence the id
         return {"kind": "host", "id": self._id, "path": path, "nbytes": len(self.tensor)}
 
+    def pin(self) -> None:
+        """Lock the pages for this process's CUDA device, whose copies are then many times faster, and asynchronous."""
+        code = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.tensor.nbytes, 0)
+        torch.cuda.check_error(code)
+        self._is_pinned = True
+
     def close(self) -> None:
         """Let go; the memory is freed when the last tensor on it and the last process are gone. Idempotent."""
+        if self._is_pinned:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self._is_pinned = False
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -112,22 +127,54 @@ def views(segment: Tensor, offsets: Mapping[str, tuple[int, list[int]]], dtype: 
     return found
 
 
-class ShardStaging:
-    """One engine rank's weights, by SGLang's parameter names, where the trainer writes them and the engine reads them.
+def create_segment(nbytes: int, device: torch.device, name: str) -> Segment:
+    """Allocate on a device, or in shared host memory."""
+    return CudaSegment.create(nbytes, device) if device.type == "cuda" else HostSegment.create(nbytes, name)
 
-    ``shapes`` from ``sglang_layout(spec, tp=...).shards[tp_rank].shapes``.
+
+def padded_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes that a tensor takes in a segment."""
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def weight_groups(layout: Layout, dtype: torch.dtype, limit: int) -> list[frozenset[str]]:
+    """Partition an engine's parameters into groups of at most ``limit`` bytes on a rank, or of one parameter.
+
+    Greatest first, each into the group that has least: equal parameters of successive layers go to different groups, so
+    that a group has layers of all the trainer's pipeline stages, and all of them send at the same time.
+    """
+    sizes: dict[str, int] = {}
+    for shard in layout.shards:
+        for name, shape in shard.params:
+            sizes[name] = max(sizes.get(name, 0), padded_bytes(shape, dtype))
+    limit = max(limit, *sizes.values())
+    order = sorted(sizes, key=lambda name: -sizes[name])
+    for count in itertools.count(-(-sum(sizes.values()) // limit)):
+        groups: list[list[str]] = [[] for _ in range(count)]
+        heap = [(0, number) for number in range(count)]
+        for name in order:
+            held, number = heap[0]
+            heapq.heapreplace(heap, (held + sizes[name], number))
+            groups[number].append(name)
+        if max(held for held, _ in heap) <= limit:
+            return [frozenset(group) for group in groups]
+    raise AssertionError("as many groups as parameters do")
+
+
+class ShardStaging:
+    """Weights of one engine rank, by SGLang's parameter names, where the trainer writes them and the engine reads them.
+
+    ``shapes``: parameters of ``sglang_layout(spec, tp=...).shards[tp_rank]``, all or some; they stand one after the
+    other in ``segment``.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device, name: str):
-        self.dtype = dtype
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, segment: Segment):
+        self.dtype, self.segment = dtype, segment
         self.offsets: dict[str, tuple[int, list[int]]] = {}
         end = 0
         for param, shape in shapes.items():
             self.offsets[param] = (end, list(shape))
-            end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        self.segment: Segment = (
-            CudaSegment.create(end, device) if device.type == "cuda" else HostSegment.create(end, name)
-        )
+            end += padded_bytes(shape, dtype)
         self.tensors = views(self.segment.tensor, self.offsets, dtype)
 
     @property

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import itertools
 import json
 import pickle
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,26 @@ import torch
 from megatron_oreal.layout import Digester, DigestReport
 from megatron_oreal.rollout.engine import EngineError
 from megatron_oreal.rollout.sglang.args import WEIGHT_LOADER
-from megatron_oreal.rollout.sglang.client import RefusedError, ServerClient
+from megatron_oreal.rollout.sglang.client import RefusedError, ServerClient, UnreachableError
 from megatron_oreal.rollout.sglang.loader import ORDER
 from megatron_oreal.rollout.sglang.staging import Mailbox
 
 _FLUSH_PAUSE_S = 0.05
 TAGS = ("kv_cache", "weights", "cuda_graph")
 """SGLang's names of the memory that it can give back."""
+
+
+Staged = Mapping[str, Any]
+"""Where a worker finds weights (``ShardStaging.describe``)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """``staged[i]``: for worker ``i``. ``taken``: when every worker has copied it, and its memory may be written."""
+
+    staged: Sequence[Staged]
+    is_last: bool
+    taken: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
 
 
 class WeightSync:
@@ -56,30 +71,48 @@ class WeightSync:
         self._begin_end, self._noise = None, True
 
     async def load(
-        self, stagings: Sequence[Mapping[str, Any]], hashes: Sequence[torch.Tensor], version: int, *, awake: bool
+        self, stagings: Sequence[Staged], hashes: Sequence[torch.Tensor], version: int, *, awake: bool
     ) -> DigestReport:
-        """Have worker ``i`` take ``stagings[i]`` (``ShardStaging.describe``), whose digests are ``hashes[i]``.
+        """Have worker ``i`` take the whole shard ``stagings[i]`` (``ShardStaging.describe``), digests ``hashes[i]``.
 
         An ``awake`` server is paused meanwhile and has nothing cached afterwards; another is that anyway. Raises
         ``EngineError`` when a worker does not acknowledge or holds something else; the server then has no version.
         """
+        parts: asyncio.Queue[Part | None] = asyncio.Queue()
+        parts.put_nowait(Part(stagings, is_last=True))
+        digests = await self.feed(parts, version, awake=awake)
+        assert digests is not None
+        return await self.accept(digests, hashes, version, awake=awake)
+
+    async def feed(self, parts: asyncio.Queue[Part | None], version: int, *, awake: bool) -> list[Any] | None:
+        """Have the workers take one part of their shards after the other, up to the last, in one update of SGLang's.
+
+        The server has no version from before the first byte changes until ``accept``. Returns the workers' digests;
+        None when the queue ends without a last part.
+        """
         if awake:
             await self.pause()
         await self.set_label("none")
-        orders = [
-            {
-                "order": "load",
-                "staging": staging,
-                "model_dir": self._model_dir,
-                "tp": self._tp,
-                "rank": rank,
-                "noise_seed": version + 1 if self._noise else None,
-            }
-            for rank, staging in enumerate(stagings)
-        ]
         async with self._update():
-            answers = await self._order(orders, f"weights of version {version}")
-        report = self._compare(version, hashes, [answer["digests"] for answer in answers])
+            is_first = True
+            while (part := await parts.get()) is not None:
+                orders = [
+                    self._load_order(staging, rank, version, is_first) for rank, staging in enumerate(part.staged)
+                ]
+                for order in orders:
+                    order["last"] = part.is_last
+                answers = await self._order(orders, f"weights of version {version}")
+                part.taken.set_result(None)
+                is_first = False
+                if part.is_last:
+                    return [answer["digests"] for answer in answers]
+        return None
+
+    async def accept(
+        self, digests: Sequence[Sequence[int]], hashes: Sequence[torch.Tensor], version: int, *, awake: bool
+    ) -> DigestReport:
+        """Give the server the version's label, if its workers hold what was staged; raises ``EngineError`` if not."""
+        report = self._compare(version, hashes, digests)
         self._noise = False
         if awake:
             await self.flush()
@@ -90,7 +123,8 @@ class WeightSync:
 
     async def forget_staging(self) -> None:
         """Have the workers unmap the staging memory."""
-        await self._order([{"order": "forget"} for _ in range(self._tp)], "unmapping of the staging memory")
+        async with self._update():
+            await self._order([{"order": "forget"} for _ in range(self._tp)], "unmapping of the staging memory")
 
     async def pause(self) -> None:
         """Stop generation, drop its requests and what is cached."""
@@ -144,9 +178,27 @@ class WeightSync:
             await self.client.post("/begin_weight_update", {}, self._timeout_s)
         try:
             yield
-        finally:
-            if self._begin_end:
-                await self.client.post("/end_weight_update", {}, self._timeout_s)
+        except UnreachableError:
+            raise  # nobody is there to hear of the end
+        except EngineError:
+            await self._end_update()
+            raise
+        await self._end_update()
+
+    async def _end_update(self) -> None:
+        if self._begin_end:
+            await self.client.post("/end_weight_update", {}, self._timeout_s)
+
+    def _load_order(self, staging: Staged, rank: int, version: int, is_first: bool) -> dict[str, Any]:
+        return {
+            "order": "load",
+            "staging": staging,
+            "model_dir": self._model_dir,
+            "tp": self._tp,
+            "rank": rank,
+            "first": is_first,
+            "noise_seed": version + 1 if self._noise and is_first else None,
+        }
 
     async def _order(self, orders: Sequence[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         """Have every worker do its order, and return their answers."""
