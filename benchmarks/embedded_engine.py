@@ -40,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_oreal.rollout.embedded import EmbeddedEngine
 from megatron_oreal.rollout.engine import Request, SamplingParams
 from megatron_oreal.rollout.hf_weights import load_hf_engine
+from megatron_oreal.telemetry.machine import processor_and_cores
 
 PAD, STOP, VOCABULARY = 0, 1, 40
 PROMPTS, SAMPLES, TRIAL_PROMPTS, FINALISTS = 64, 16, 16, 3
@@ -170,13 +171,6 @@ def measure(model_dir: str, model: Qwen2ForCausalLM, workload: str, threads: int
     }
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
@@ -192,7 +186,7 @@ def main() -> None:
         "what": "response tokens a second, 64 prompts x 16 samples, temperature 1; see the script's docstring",
         "model": f"Qwen2, hidden 96, {args.layers} layers, 4 heads, 2 KV heads, ffn 256, vocabulary 40, fp32, "
         f"{model.num_parameters():,} parameters",
-        "hardware": f"{processor()}, {os.cpu_count()} cores",
+        "hardware": processor_and_cores(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "numpy")},
         "rows": [],
     }

@@ -20,15 +20,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_oreal.telemetry.machine import processor_and_cores
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "megatron-core", "transformers", "math-verify")
-
-
-def processor() -> str:
-    """Model name and cores."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def run_seed(seed: int, folder: Path) -> tuple[dict, Path]:
@@ -81,7 +76,7 @@ def main() -> None:
                 shutil.copyfile(picture, arguments.picture)
             result = {
                 "what": "examples/quickstart.sh: pass@1 on 200 held-out additions, before and after 60 steps",
-                "hardware": processor(),
+                "hardware": processor_and_cores(),
                 "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
                 "rows": rows,
             }

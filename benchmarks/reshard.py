@@ -48,6 +48,7 @@ from megatron_oreal.layout import (
     sglang_layout,
 )
 from megatron_oreal.layout.gather import Gatherer
+from megatron_oreal.telemetry.machine import processor_and_cores
 
 BUCKET_BYTES = 32 * 2**20
 SPEC = ModelSpec(
@@ -202,13 +203,6 @@ def launch(world: int, cases: list[str], repeats: int) -> list[dict[str, Any]]:
         return json.loads(Path(file.name).read_text())
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
@@ -224,7 +218,7 @@ def main() -> None:
         "what": "seconds and bytes from Megatron ranks to engine ranks over gloo; see the script's docstring",
         "model": f"Qwen2 shape, {SPEC.num_parameters() / 1e6:.1f} M parameters, bf16, "
         f"{2 * SPEC.num_parameters() / 1e6:.0f} MB, buckets of {BUCKET_BYTES // 2**20} MiB",
-        "hardware": f"{processor()}, {os.cpu_count()} cores",
+        "hardware": processor_and_cores(),
         "versions": {"python": platform.python_version(), "torch": version("torch")},
         "repeats": args.repeats,
         "load_average_before": [round(load, 2) for load in os.getloadavg()],

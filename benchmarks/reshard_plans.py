@@ -26,6 +26,7 @@ from typing import Any
 
 from megatron_oreal.layout import ModelSpec, Plan, RankGrid, RopeSpec, make_plan, megatron_layout, sglang_layout
 from megatron_oreal.layout.statistics import format_bytes
+from megatron_oreal.telemetry.machine import processor_and_cores
 
 ITEMSIZE, RANKS_PER_NODE = 2, 8
 MODELS = {
@@ -164,13 +165,6 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, END])
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
@@ -181,7 +175,7 @@ def main() -> None:
         parser.error(f"--repeats {args.repeats}: give at least 1")
     report: dict[str, Any] = {
         "what": "plans from Megatron ranks to colocated SGLang engines, bf16, 8 ranks a node; see the docstring",
-        "hardware": f"{processor()}, {os.cpu_count()} cores, one used",
+        "hardware": f"{processor_and_cores()}, one used",
         "versions": {"python": platform.python_version(), "numpy": version("numpy")},
         "repeats": args.repeats,
         "rows": [],

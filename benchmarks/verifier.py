@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 import psutil
 
 from megatron_oreal.config import VerifierConfig
+from megatron_oreal.telemetry.machine import processor_and_cores
 from megatron_oreal.verifier import Verdict, VerifierPool, VerifyItem
 from megatron_oreal.verifier.rules import judge_response
 
@@ -189,12 +189,6 @@ def config(num_processes: int) -> VerifierConfig:
     return VerifierConfig(num_processes=num_processes, deadline_s=60)
 
 
-def hardware() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
@@ -213,7 +207,7 @@ def main() -> None:
             print(kind, json.dumps(rows[kind]), flush=True)
     result = {
         "what": "responses judged a second; 19 kB of reasoning and a boxed answer that is right",
-        "hardware": hardware(),
+        "hardware": processor_and_cores(),
         "load_average_1min": {"before": round(before, 1), "after": round(os.getloadavg()[0], 1)},
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "reference_versions": list(REFERENCE_PACKAGES),

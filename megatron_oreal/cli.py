@@ -1,4 +1,4 @@
-"""``megatron-oreal``: train | sft | eval | verify | env | report.
+"""``megatron-oreal``: train | sft | eval | plan | bench | check | verify | env | report.
 
 ``megatron-oreal train CONFIG --nproc-per-node 8`` starts the ranks itself; ``torchrun ... -m megatron_oreal train
 CONFIG`` works as well.
@@ -14,10 +14,17 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_oreal import __version__
+from megatron_oreal.bench.compare import compare as compare_results
+from megatron_oreal.bench.options import DEFAULT_TOLERANCE
+from megatron_oreal.bench.options import add_arguments as add_bench_arguments
+from megatron_oreal.bench.options import read_options as read_bench_options
 from megatron_oreal.config import Config
 from megatron_oreal.config_load import dump_config, load_config
 from megatron_oreal.errors import UserError
 from megatron_oreal.launch import Nodes, launch
+from megatron_oreal.plan_options import add_arguments as add_plan_arguments
+from megatron_oreal.preflight.meeting import JOIN_TIMEOUT_S
+from megatron_oreal.preflight.options import add_arguments as add_check_arguments
 from megatron_oreal.verify import add_arguments as add_verify_arguments
 from megatron_oreal.verify import verify
 
@@ -74,18 +81,24 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=help_, description=help_)
         command.add_argument("config", help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="for example rollout.top_p=0.95")
-        ranks = command.add_argument_group("ranks to start (leave out under torchrun, or for a single process)")
-        ranks.add_argument("--nproc-per-node", type=int, metavar="N")
-        ranks.add_argument("--nnodes", type=int, default=1, metavar="N")
-        ranks.add_argument("--node-rank", type=int, default=0, metavar="R")
-        ranks.add_argument("--master-addr", default="localhost")
-        ranks.add_argument("--master-port", type=int, default=29500)
-        command.add_argument("--print-config", action="store_true", help="print the effective config and stop")
+        _add_config_arguments(command)
         command.set_defaults(run=_with_config)
+    bench = commands.add_parser("bench", help="throughput of a step's parts on this machine, or --compare two results")
+    bench.add_argument("config", nargs="?", help="YAML file")
+    _add_config_arguments(bench)
+    add_bench_arguments(bench)
+    bench.set_defaults(run=_bench)
+    preflight = commands.add_parser("check", help="whether everything is there that a run needs, on every node")
+    preflight.add_argument("config", help="YAML file")
+    _add_config_arguments(preflight)
+    add_check_arguments(preflight)
+    preflight.set_defaults(run=_check)
     check = commands.add_parser("verify", help="verdict on one answer, or on a file of them")
     add_verify_arguments(check)
     check.set_defaults(run=verify)
+    planning = commands.add_parser("plan", help="memory, placement, traffic and step time of a run, without a GPU")
+    add_plan_arguments(planning)
+    planning.set_defaults(run=_plan)
     environment = commands.add_parser("env", help="which accelerated parts this machine uses, and what replaces others")
     environment.add_argument("--json", action="store_true", help="as one JSON object")
     environment.set_defaults(run=_env)
@@ -95,12 +108,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="for example rollout.top_p=0.95")
+    ranks = command.add_argument_group("ranks to start (leave out under torchrun, or for a single process)")
+    ranks.add_argument("--nproc-per-node", type=int, metavar="N")
+    ranks.add_argument("--nnodes", type=int, default=1, metavar="N")
+    ranks.add_argument("--node-rank", type=int, default=0, metavar="R")
+    ranks.add_argument("--master-addr", default="localhost")
+    ranks.add_argument("--master-port", type=int, default=29500)
+    ranks.add_argument("--join-timeout", type=float, default=JOIN_TIMEOUT_S, metavar="S", help="nodes wait so long")
+    command.add_argument("--print-config", action="store_true", help="print the effective config and stop")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if arguments.print_config:
+        return _with_config(arguments)
+    if arguments.nproc_per_node is None:
+        arguments.nproc_per_node = 1
+    from megatron_oreal.preflight.check import check
+
+    return check(arguments, _nodes(arguments))
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.compare is not None:
+        if arguments.config is not None:
+            raise UserError(f"--compare takes two results and no config ({arguments.config!r}): leave one of them out")
+        tolerance = DEFAULT_TOLERANCE if arguments.tolerance is None else arguments.tolerance
+        before, after = arguments.compare
+        return compare_results(before, after, tolerance)
+    if arguments.config is None:
+        raise UserError("bench needs a config file, or --compare A.json B.json")
+    arguments.bench = read_bench_options(arguments)
+    return _with_config(arguments)
+
+
 def _with_config(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
-    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
+    if arguments.nproc_per_node is not None and "LOCAL_RANK" not in os.environ:
         return _launch(arguments, config)
     _quieten()
     # Imported here: Megatron takes seconds, and a mistake in the config should not.
@@ -115,6 +163,10 @@ def _with_config(arguments: argparse.Namespace) -> int:
             from megatron_oreal.sft import supervise
 
             supervise(config)
+        elif arguments.command == "bench":
+            from megatron_oreal.bench.run import bench
+
+            bench(config, arguments.bench)
         else:
             from megatron_oreal.evaluate import evaluate_model
 
@@ -124,10 +176,14 @@ def _with_config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _launch(arguments: argparse.Namespace, config: Config) -> int:
-    """Find mistakes here, in a second, before any rank is started."""
+def _nodes(arguments: argparse.Namespace) -> Nodes:
     nodes = Nodes(
-        arguments.nproc_per_node, arguments.nnodes, arguments.node_rank, arguments.master_addr, arguments.master_port
+        arguments.nproc_per_node,
+        arguments.nnodes,
+        arguments.node_rank,
+        arguments.master_addr,
+        arguments.master_port,
+        arguments.join_timeout,
     )
     for option, value in (("--nproc-per-node", nodes.nproc_per_node), ("--nnodes", nodes.nnodes)):
         if value < 1:
@@ -136,12 +192,41 @@ def _launch(arguments: argparse.Namespace, config: Config) -> int:
         raise UserError(
             f"--node-rank={nodes.node_rank} is not one of the --nnodes={nodes.nnodes} nodes, which count from 0"
         )
+    if not 0 < nodes.master_port < 2**16:
+        raise UserError(f"--master-port={nodes.master_port}: must be from 1 to 65535")
+    if not 0 < nodes.join_timeout_s <= 86400:
+        raise UserError(f"--join-timeout={nodes.join_timeout_s:g}: must be above 0 and at most 86400 seconds")
+    return nodes
+
+
+def _launch(arguments: argparse.Namespace, config: Config) -> int:
+    """Find mistakes here, in a second, before any rank is started."""
+    nodes = _nodes(arguments)
     # Imported here, as below: they bring torch with them.
     from megatron_oreal.config_check import check_config
     from megatron_oreal.layout.model_spec import load_model_spec
+    from megatron_oreal.preflight.devices import require_gpus
 
-    check_config(config, load_model_spec(config.model.path), nodes.world_size, nodes.nproc_per_node)
-    return launch([arguments.command, arguments.config, *arguments.overrides], nodes)
+    def look() -> None:
+        require_gpus(config.device, nodes.nproc_per_node)
+        check_config(config, load_model_spec(config.model.path), nodes.world_size, nodes.nproc_per_node)
+
+    overrides = [*arguments.overrides]
+    if nodes.nnodes == 1:
+        look()
+    else:
+        from megatron_oreal.preflight.join import join
+
+        overrides += join(nodes, config, look)
+    options = arguments.bench.arguments() if arguments.command == "bench" else []
+    return launch([arguments.command, arguments.config, *overrides, *options], nodes)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    _quieten()
+    from megatron_oreal.planner.plan import plan
+
+    return plan(arguments)
 
 
 def _env(arguments: argparse.Namespace) -> int:

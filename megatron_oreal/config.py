@@ -77,6 +77,13 @@ class ServerConfig(Section):
     health_timeout_s: PositiveFloat = Field(30.0, description="a server that has not answered by then counts as hung")
     recover_timeout_s: PositiveFloat = Field(900.0, description="the run stops when no server answers for so long")
     max_restarts: NonNegativeInt = Field(3, description="times a server that failed is started again, in a run")
+    bucket_bytes: PositiveInt = Field(
+        512 * 2**20,
+        description="of an engine rank's weights that are staged at a time, twice; a larger parameter is staged whole",
+    )
+    keep_weights: bool = Field(
+        True, description="keep every engine rank's weights in host memory, for a server that fails in a step"
+    )
 
 
 class RolloutConfig(Section):
@@ -214,7 +221,33 @@ class ParallelConfig(Section):
     )
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = Field(
+        False, description="reduce gradients over data-parallel ranks, bucket by bucket, during the backward pass"
+    )
+    overlap_param_gather: bool = Field(
+        False, description="gather the reward model's new weights during its next forward pass; the policy's: at once"
+    )
+    ddp_bucket_size: PositiveInt | None = Field(
+        None, description="parameters a bucket of the two overlaps; null: 40 million, or 1 million a data-parallel rank"
+    )
+    tp_comm_overlap: bool = Field(
+        False, description="tensor-parallel communication during GEMMs, by TransformerEngine's user buffers"
+    )
+    tp_comm_overlap_options: dict[str, bool | str] = Field(
+        {}, description="Megatron's tp_comm_* settings by its own names, such as tp_comm_overlap_rs_dgrad: true"
+    )
+    tp_comm_overlap_cfg: dict[str, dict[str, Any]] = Field(
+        {}, description="TransformerEngine's ub_cfgs by GEMM, such as qkv_fprop: {num_sm: 4}"
+    )
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = Field(
+        "none", description="CUDA graphs of layers; megatron-core has none for packed sequences, so: none"
+    )
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = Field(
+        "auto", description="of TransformerEngine: flash-attn, cuDNN's fused, unfused; auto: its own choice"
+    )
+    gradient_accumulation_fusion: Literal["auto"] | bool = Field(
+        "auto", description="weight gradients added to main_grad inside their GEMM; auto: where it is installed"
+    )
     max_tokens_per_microbatch: PositiveInt = Field(
         16384, description="packed tokens, prompt and response, a micro-batch"
     )
@@ -228,9 +261,32 @@ class ParallelConfig(Section):
     offload: list[Literal["optimizer", "reward_model", "reference", "policy"]] = Field(
         [], description="parts of the actor that wait in host memory while they are not in use"
     )
+    optimizer_cpu_offload: bool = Field(
+        False, description="Adam's state and its step on the CPU (Megatron's HybridDeviceOptimizer)"
+    )
+    optimizer_offload_fraction: Fraction = Field(1.0, description="share of the parameters that is so")
+    overlap_cpu_optimizer_d2h_h2d: bool = Field(False, description="its copies while the CPU computes")
+    use_precision_aware_optimizer: bool = Field(
+        False, description="Adam's state in the three dtypes below (TransformerEngine's FusedAdam)"
+    )
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: PositiveInt | None = None
+    recompute_modules: list[Literal["core_attn", "mlp"]] | None = Field(
+        None, description="what recompute_granularity=selective recomputes; null: core_attn"
+    )
+    cpu_offloading_num_layers: NonNegativeInt = Field(
+        0, description="layers whose activations wait in host memory until the backward pass (TransformerEngine)"
+    )
+    fine_grained_activation_offloading: bool = Field(
+        False, description="inputs of offload_modules wait in host memory until the backward pass (TransformerEngine)"
+    )
+    offload_modules: list[Literal["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"]] = Field(
+        [], description="whose inputs fine_grained_activation_offloading moves"
+    )
     distributed_timeout_s: PositiveInt = Field(1800, description="deadline of every collective")
 
 

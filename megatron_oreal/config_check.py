@@ -15,26 +15,33 @@ from megatron_oreal.layout.megatron import pipeline_layer_split
 from megatron_oreal.layout.megatron_checkpoint import is_megatron_checkpoint
 from megatron_oreal.layout.model_spec import ModelSpec
 from megatron_oreal.loss.chunked import LEAST_TOKENS
-from megatron_oreal.rollout.sglang.args import check_model, check_server_args
+from megatron_oreal.rollout.sglang.args import check_model, check_server_args, server_arg_names
 from megatron_oreal.verifier.judge_hosts import judge_contradictions
 
 
-def check_config(config: Config, spec: ModelSpec, world_size: int, ranks_per_node: int | None = None) -> None:
+def check_config(
+    config: Config, spec: ModelSpec, world_size: int, ranks_per_node: int | None = None, *, planned: bool = False
+) -> None:
     """Raise ``UserError`` with the first contradiction between the config, the model and the number of ranks.
 
-    ``ranks_per_node``: default all of them.
+    ``ranks_per_node``: default all of them. ``planned``: the run is for other machines, with GPUs: no weights are
+    looked for, and SGLang need not be installed here.
     """
-    for message in _contradictions(config, spec, world_size, ranks_per_node or world_size):
+    for message in _contradictions(config, spec, world_size, ranks_per_node or world_size, planned):
         raise UserError(message)
 
 
-def _contradictions(config: Config, spec: ModelSpec, world_size: int, ranks_per_node: int) -> Iterator[str]:
-    yield from _weights(config)
+def _contradictions(
+    config: Config, spec: ModelSpec, world_size: int, ranks_per_node: int, planned: bool
+) -> Iterator[str]:
+    if not planned:
+        yield from _weights(config)
     yield from _parallel(config, spec, world_size)
+    yield from _performance(config, spec)
     yield from _lengths(config, spec)
     yield from _algorithm(config)
     yield from _verifier(config)
-    yield from _engine(config, spec, ranks_per_node)
+    yield from _engine(config, spec, ranks_per_node, planned)
 
 
 def _weights(config: Config) -> Iterator[str]:
@@ -94,6 +101,84 @@ def _parallel(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]
         yield f"parallel.recompute_method={parallel.recompute_method} needs parallel.recompute_num_layers"
 
 
+def _performance(config: Config, spec: ModelSpec) -> Iterator[str]:
+    """Options that need or exclude others; what a machine and its packages can serve is for ``actor/options.py``."""
+    p = config.parallel
+    if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
+        yield "parallel.overlap_param_gather=true needs use_distributed_optimizer and overlap_grad_reduce: set both"
+    if p.overlap_param_gather and not config.model.reward_model:
+        yield (
+            "parallel.overlap_param_gather=true is for the reward model (the policy is published right after its "
+            "update), and model.reward_model=false: set it to false"
+        )
+    if p.ddp_bucket_size is not None and not p.overlap_grad_reduce:
+        yield f"parallel.ddp_bucket_size={p.ddp_bucket_size} needs parallel.overlap_grad_reduce=true: set it, or null"
+    if p.tp_comm_overlap and not p.sequence_parallel:
+        yield "parallel.tp_comm_overlap=true needs parallel.sequence_parallel=true: set it, or false here"
+    if p.tp_comm_overlap and p.virtual_pipeline_model_parallel_size is not None:
+        yield (
+            "parallel.tp_comm_overlap=true takes micro-batches of one fixed length and interleaved stages of another: "
+            "set parallel.virtual_pipeline_model_parallel_size to null"
+        )
+    if not p.tp_comm_overlap and (p.tp_comm_overlap_options or p.tp_comm_overlap_cfg):
+        yield "parallel.tp_comm_overlap_options and tp_comm_overlap_cfg need parallel.tp_comm_overlap=true: unset them"
+    for name in p.tp_comm_overlap_options:
+        if not name.startswith("tp_comm_") or name == "tp_comm_overlap":
+            yield f"parallel.tp_comm_overlap_options: {name} is none of Megatron's tp_comm_* settings: remove it"
+    if p.cuda_graph_impl != "none":
+        yield (
+            f"parallel.cuda_graph_impl={p.cuda_graph_impl}: megatron-core captures layers with one shape and without "
+            "packed sequences, which all micro-batches here are: set it to none (the engines' graphs: rollout.sglang)"
+        )
+    yield from _optimizer_state(config)
+    yield from _activations(config, spec)
+
+
+def _optimizer_state(config: Config) -> Iterator[str]:
+    p = config.parallel
+    for key in ("optimizer_cpu_offload", "use_precision_aware_optimizer"):
+        if getattr(p, key) and not p.use_distributed_optimizer:
+            yield f"parallel.{key}=true needs parallel.use_distributed_optimizer=true: set it, or false here"
+        if getattr(p, key) and config.model.dtype != "bf16":
+            yield f"parallel.{key}=true is for model.dtype=bf16: set it to false"
+    if p.overlap_cpu_optimizer_d2h_h2d and not p.optimizer_cpu_offload:
+        yield "parallel.overlap_cpu_optimizer_d2h_h2d=true needs parallel.optimizer_cpu_offload=true: set false here"
+    if p.use_precision_aware_optimizer and p.optimizer_cpu_offload:
+        yield (
+            "parallel.use_precision_aware_optimizer=true and optimizer_cpu_offload=true exclude each other (state on "
+            "the CPU is fp32): set one to false"
+        )
+    for key in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(p, key) != "fp32" and not p.use_precision_aware_optimizer:
+            yield (
+                f"parallel.{key}={getattr(p, key)} needs parallel.use_precision_aware_optimizer=true: set it, or fp32 "
+                "here"
+            )
+
+
+def _activations(config: Config, spec: ModelSpec) -> Iterator[str]:
+    p = config.parallel
+    if p.recompute_modules is not None and p.recompute_granularity != "selective":
+        yield "parallel.recompute_modules goes with parallel.recompute_granularity=selective: unset it, or set that"
+    if p.cpu_offloading_num_layers:
+        key = f"parallel.cpu_offloading_num_layers={p.cpu_offloading_num_layers}"
+        if p.cpu_offloading_num_layers >= spec.num_layers:
+            yield f"{key} must be below the model's {spec.num_layers} layers: lower it"
+        if p.pipeline_model_parallel_size > 1:
+            yield f"{key} needs parallel.pipeline_model_parallel_size=1: use fine_grained_activation_offloading, or 0"
+        if p.recompute_granularity is not None:
+            yield f"{key} excludes parallel.recompute_granularity={p.recompute_granularity}: set 0, or null there"
+        if p.fine_grained_activation_offloading:
+            yield f"{key} excludes parallel.fine_grained_activation_offloading=true: set 0, or false there"
+    if p.fine_grained_activation_offloading != bool(p.offload_modules):
+        yield (
+            "parallel.fine_grained_activation_offloading and offload_modules go together: set it to true and name "
+            "modules, or neither"
+        )
+    if "attn_proj" in p.offload_modules and "core_attn" not in p.offload_modules:
+        yield "parallel.offload_modules: attn_proj's input is core_attn's output: add core_attn, or remove it"
+
+
 def _divisors(n: int) -> str:
     return " (use one of " + ", ".join(str(d) for d in range(1, n + 1) if n % d == 0) + ")"
 
@@ -132,10 +217,16 @@ def _verifier(config: Config) -> Iterator[str]:
             f"verifier.judge.deadline_s={deadline_s:g} is not below parallel.distributed_timeout_s={limit_s}, the time "
             "that other ranks wait: lower it, or raise that"
         )
+    control_s = config.rollout.server.control_timeout_s
+    if config.rollout.engine == "sglang" and control_s >= limit_s:
+        yield (
+            f"rollout.server.control_timeout_s={control_s:g} is not below parallel.distributed_timeout_s={limit_s}, "
+            "the time that other ranks wait while a server takes weights: lower it, or raise that"
+        )
     yield from judge_contradictions(config.verifier)
 
 
-def _engine(config: Config, spec: ModelSpec, ranks_per_node: int) -> Iterator[str]:
+def _engine(config: Config, spec: ModelSpec, ranks_per_node: int, planned: bool) -> Iterator[str]:
     rollout = config.rollout
     if rollout.engine == "embedded":
         if rollout.engine_tp > 1:
@@ -153,9 +244,11 @@ def _engine(config: Config, spec: ModelSpec, ranks_per_node: int) -> Iterator[st
             f"rollout.engine_tp={rollout.engine_tp} does not divide the {ranks_per_node} ranks of a node, which share "
             f"its engines{_divisors(ranks_per_node)}"
         )
-    device: Literal["cuda", "cpu"] = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    on_gpu = config.device != "cpu" and (planned or torch.cuda.is_available())
+    device: Literal["cuda", "cpu"] = "cuda" if on_gpu else "cpu"
     try:
-        check_server_args(rollout.sglang)
+        if not planned or server_arg_names() is not None:
+            check_server_args(rollout.sglang)
         check_model(spec, torch.device(device), rollout.engine_tp)
         sglang_layout(spec, tp=rollout.engine_tp, device=device)
     except UserError as error:

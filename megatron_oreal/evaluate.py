@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_oreal.algorithm import request_seed
 from megatron_oreal.config import Config
 from megatron_oreal.data.types import Prompt
@@ -13,7 +16,6 @@ from megatron_oreal.rollout.engine import SamplingParams
 from megatron_oreal.rollout.sampler import RolloutSampler
 from megatron_oreal.run import open_run
 from megatron_oreal.telemetry import grouped_interval, names, pass_at_1
-from megatron_oreal.verifier.verdict import Verdict
 
 # Evaluations draw with seeds of a step that no training step has, the same at every evaluation: differences between
 # two evaluations are then less noisy than either.
@@ -35,25 +37,25 @@ def evaluate(
     share of both kinds of samples that did, and the accuracy is NaN where all did. ``quiet``: no bars.
     """
     full = replace(sampling, top_p=1.0, top_k=0)
-    sampled = _verdicts(sampler, prompts, num_samples, full, run_seed, None if quiet else "evaluate")
-    greedy = _verdicts(
+    sampled = _rewards(sampler, prompts, num_samples, full, run_seed, None if quiet else "evaluate")
+    greedy = _rewards(
         sampler, prompts, 1, replace(full, temperature=0.0), run_seed, None if quiet else "evaluate greedy"
     )
     solved = known_correct(sampled)
     interval = grouped_interval(solved)
-    everything = [verdict for problem in (*sampled, *greedy) for verdict in problem]
+    everything = np.concatenate([sampled.ravel(), greedy.ravel()])
     return {
         names.EVAL_PASS_AT_1: pass_at_1(solved),
         names.EVAL_PASS_AT_1_LOW: interval.low,
         names.EVAL_PASS_AT_1_HIGH: interval.high,
         names.EVAL_GREEDY: pass_at_1(known_correct(greedy)),
-        names.EVAL_UNKNOWN_SHARE: everything.count(Verdict.UNKNOWN) / max(len(everything), 1),
+        names.EVAL_UNKNOWN_SHARE: int((everything == 0).sum()) / max(len(everything), 1),
     }
 
 
-def known_correct(verdicts: Sequence[Sequence[Verdict]]) -> list[list[bool]]:
-    """Return for every problem which of its samples with a known verdict are correct."""
-    return [[v is Verdict.CORRECT for v in problem if v is not Verdict.UNKNOWN] for problem in verdicts]
+def known_correct(rewards: NDArray[np.int8]) -> list[list[bool]]:
+    """Return for every problem which of its samples with a known verdict are correct; ``rewards`` int8 [G, K]."""
+    return [(problem[problem != 0] == 1).tolist() for problem in rewards]
 
 
 def require_known(result: Mapping[str, float], limit: float) -> None:
@@ -67,20 +69,19 @@ def require_known(result: Mapping[str, float], limit: float) -> None:
         )
 
 
-def _verdicts(
+def _rewards(
     sampler: RolloutSampler,
     prompts: Sequence[Prompt],
     num_samples: int,
     sampling: SamplingParams,
     run_seed: int,
     label: str | None,
-) -> list[list[Verdict]]:
-    """Verdicts, one list a problem."""
+) -> NDArray[np.int8]:
+    """Verdicts as +1, -1 and 0 (unknown), int8 [G, K]."""
     drawn = sampler.sample(
         prompts, num_samples, sampling, lambda group, k: request_seed(run_seed, _EVALUATION_STEP, group, k), label
     )
-    verdicts = [Verdict.UNKNOWN if t.judgement is None else t.judgement.verdict for t in drawn]
-    return [verdicts[at : at + num_samples] for at in range(0, len(verdicts), num_samples)]
+    return drawn.samples.rewards(num_samples)
 
 
 def evaluate_model(config: Config) -> dict[str, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +23,20 @@ from megatron_oreal.data.types import Prompt
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout import ModelSpec, load_model_spec
 from megatron_oreal.platform import Platform
+from megatron_oreal.preflight.identity import require_same_ranks
 from megatron_oreal.rollout.dispatched import DispatchedSampler
 from megatron_oreal.rollout.embedded import EmbeddedEngine
 from megatron_oreal.rollout.engine import SamplingParams
 from megatron_oreal.rollout.fleet import Fleet, ReleasedMemory
 from megatron_oreal.rollout.sampler import RolloutSampler
+from megatron_oreal.rollout.sglang import guard
 from megatron_oreal.rollout.sglang.build import host_timeout_s, open_sglang_engine
 from megatron_oreal.telemetry import PhaseTimers, names
 from megatron_oreal.verifier import Verifier
+
+Inputs = tuple[ModelSpec, ChatTemplate, PromptOrder | None, list[Prompt]]
+"""The model's shape, its chat template, the prompts in their order, and the held-out ones."""
+InputLoader = Callable[[Config, Platform, bool], Inputs]
 
 
 @dataclass
@@ -78,7 +85,9 @@ class Run:
         if fleet.is_served:
             with timers("wake_weights"):
                 fleet.wake_weights()
-        report = actor.publish(fleet.engine.layout, fleet.engine.weight_buffers(), self.version, timers)
+        with timers("load"):
+            staging = fleet.stage(self.version)
+        report = actor.publish(fleet.engine.layout, staging, self.version, timers)
         with timers("load"):
             fleet.load_weights(self.version)
         if fleet.is_served:
@@ -111,20 +120,26 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, *, policy_only: bool = False, draws: bool = True) -> Iterator[Run]:
+def open_run(
+    config: Config, *, policy_only: bool = False, draws: bool = True, load_inputs: InputLoader | None = None
+) -> Iterator[Run]:
     """Build a run on this rank: config and data are checked on every rank before any model is built.
 
     ``policy_only``: no reference and no reward model (the supervised phase, evaluation). ``draws`` False: engines are
-    made, but servers are not started until they are used. Raises ``UserError`` on all ranks when any rank sees a
-    user's mistake.
+    made, but servers are not started until they are used. ``load_inputs``: in place of the config's model directory and
+    data, for what has its own. Raises ``UserError`` on all ranks when any rank sees a user's mistake.
     """
     served = config.rollout.engine == "sglang"
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, when it is killed, leaves its ranks, which hold the devices
+        guard.set_parent_death_signal(signal.SIGKILL)
     platform = platforms.init_distributed(
         config.device, config.parallel.distributed_timeout_s, host_timeout_s(config) if served else None
     )
     stack = contextlib.ExitStack()
     try:
-        spec, chat, order, held_out = platform.fail_together(lambda: _load_inputs(config, platform, policy_only))
+        require_same_ranks(config, platform)
+        load = load_inputs or _load_inputs
+        spec, chat, order, held_out = platform.fail_together(lambda: load(config, platform, policy_only))
         fleet = _open_fleet(config, spec, platform)
         stack.callback(fleet.shutdown)
         if draws:
@@ -181,9 +196,7 @@ def _open_verifier(config: Config, platform: Platform) -> Verifier:
     return verifier
 
 
-def _load_inputs(
-    config: Config, platform: Platform, policy_only: bool
-) -> tuple[ModelSpec, ChatTemplate, PromptOrder | None, list[Prompt]]:
+def _load_inputs(config: Config, platform: Platform, policy_only: bool) -> Inputs:
     spec = load_model_spec(config.model.path)
     check_config(config, spec, platform.world_size, platform.ranks_per_node)
     if config.model.reference_path:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_oreal.actor.actor import UpdateResult
-from megatron_oreal.actor.publish import PublishReport
 from megatron_oreal.algorithm import Kept, StepStatistics, step_statistics
-from megatron_oreal.data.types import Trajectory
+from megatron_oreal.data.packing import MicrobatchPlan
+from megatron_oreal.rollout.draw import Samples
 from megatron_oreal.telemetry import names
 from megatron_oreal.verifier.judge_stats import DEADLINE, REFUSED, REPLY, UNREACHABLE, VOTES, JudgeStats
-from megatron_oreal.verifier.verdict import Verdict
+from megatron_oreal.verifier.verdict import cause_of
+
+if TYPE_CHECKING:
+    from megatron_oreal.actor.actor import UpdateResult
+    from megatron_oreal.actor.publish import PublishReport
 
 _UNKNOWN_CAUSES = {
     DEADLINE: names.JUDGE_UNKNOWN_DEADLINE,
@@ -25,11 +30,11 @@ _UNKNOWN_CAUSES = {
 
 
 def rollout_metrics(
-    trajectories: Sequence[Trajectory], rewards: NDArray[np.int8], kept: Sequence[Kept]
+    samples: Samples, rewards: NDArray[np.int8], kept: Sequence[Kept]
 ) -> tuple[dict[str, float], StepStatistics]:
-    """Metrics of the responses; ``trajectories`` ordered by (group, sample), ``rewards`` int8 [G, K]."""
-    lengths = np.array([len(t.response_ids) for t in trajectories]).reshape(rewards.shape)
-    stopped = np.array([t.stopped for t in trajectories]).reshape(rewards.shape)
+    """Metrics of the responses; ``rewards`` int8 [G, K]."""
+    lengths = samples.rows["response_tokens"].reshape(rewards.shape)
+    stopped = samples.rows["stopped"].reshape(rewards.shape)
     statistics = step_statistics(rewards, lengths, stopped, kept)
     known = rewards[rewards != 0]
     metrics: dict[str, float | None] = {
@@ -47,24 +52,24 @@ def rollout_metrics(
         names.LENGTH_WRONG: statistics.response_length_wrong,
         names.TRUNCATED_SHARE: statistics.truncated_share,
         names.TOKENS_GENERATED: int(lengths.sum()),
-        names.TOKENS_ALL: sum(t.num_tokens for t in trajectories),
-        names.KEPT_MASS: _known_mean([t.kept_mass for t in trajectories]),
+        names.TOKENS_ALL: int(lengths.sum()) + int(samples.rows["prompt_tokens"].sum()),
+        names.KEPT_MASS: _known_mean(samples.rows["kept_mass"]),
     }
     return {name: float(value) for name, value in metrics.items() if value is not None}, statistics
 
 
-def _known_mean(values: Sequence[float]) -> float | None:
+def _known_mean(values: NDArray[np.float64]) -> float | None:
     """None when an engine did not know one of them."""
     return None if np.isnan(values).any() else float(np.mean(values))
 
 
-def verdict_metrics(trajectories: Sequence[Trajectory], judge: JudgeStats | None) -> dict[str, float]:
+def verdict_metrics(samples: Samples, judge: JudgeStats | None) -> dict[str, float]:
     """Who decided the step's responses, and what the judge had to do for it; ``judge``: sums over all ranks."""
-    known = [t.judgement for t in trajectories if t.judgement and t.judgement.verdict is not Verdict.UNKNOWN]
-    by_judge = sum(judgement.decided_by == "judge" for judgement in known)
+    known = samples.rows["reward"] != 0
+    by_judge = int((known & samples.rows["by_judge"]).sum())
     metrics = {
-        names.BY_RULES_SHARE: (len(known) - by_judge) / max(len(trajectories), 1),
-        names.BY_JUDGE_SHARE: by_judge / max(len(trajectories), 1),
+        names.BY_RULES_SHARE: (int(known.sum()) - by_judge) / max(len(samples), 1),
+        names.BY_JUDGE_SHARE: by_judge / max(len(samples), 1),
     }
     if judge is None:
         return metrics
@@ -83,6 +88,16 @@ def verdict_metrics(trajectories: Sequence[Trajectory], judge: JudgeStats | None
     return metrics
 
 
+def unknown_causes(samples: Samples) -> tuple[list[tuple[str, int]], str]:
+    """Causes of unknown verdicts with their counts, the commonest first, and the commonest reason of the first."""
+    causes: Counter[str] = Counter()
+    for reason, count in samples.unknown.items():
+        causes[cause_of(reason)] += count
+    commonest = causes.most_common()
+    of_first = Counter({r: n for r, n in samples.unknown.items() if commonest and cause_of(r) == commonest[0][0]})
+    return commonest, of_first.most_common(1)[0][0] if of_first else ""
+
+
 def update_metrics(result: UpdateResult) -> dict[str, float]:
     """Metrics of an update, from sums over all ranks and the counts of the global batch."""
     sums, counts = result.sums.values, result.counts
@@ -94,7 +109,7 @@ def update_metrics(result: UpdateResult) -> dict[str, float]:
         names.ENTROPY: sums["entropy"] * counts.inv_tokens,
         names.KL_TO_REFERENCE: sums["k3"] * counts.inv_tokens,
         names.LR_POLICY: result.policy_lr,
-        names.BALANCE: result.balance,
+        **_packing_metrics(result.plan),
     }
     if result.policy_grad_norm is not None:
         metrics[names.GRAD_NORM_POLICY] = result.policy_grad_norm
@@ -109,14 +124,20 @@ def update_metrics(result: UpdateResult) -> dict[str, float]:
             names.NEGATIVE_WEIGHT_MEAN: sums["negative_weight"] * counts.inv_negative,
             names.NEGATIVE_WEIGHT_NONZERO: sums["negative_weight_nonzero"] * counts.inv_negative,
         }
-    if result.sums.logp_diffs:
-        diffs = np.concatenate(result.sums.logp_diffs)
-        metrics |= {
-            names.LOGP_DIFF_MEAN: float(diffs.mean()),
-            names.LOGP_DIFF_P999: float(np.quantile(diffs, 0.999)),
-            names.LOGP_DIFF_MAX: float(diffs.max()),
-        }
+    if (gap := result.sums.logp_gap) is not None:
+        metrics |= {names.LOGP_DIFF_MEAN: gap.mean, names.LOGP_DIFF_P999: gap.p999, names.LOGP_DIFF_MAX: gap.max}
     return metrics
+
+
+def _packing_metrics(plan: MicrobatchPlan) -> dict[str, float]:
+    return {
+        names.BALANCE: plan.balance,
+        names.MICROBATCH_BALANCE: plan.microbatch_balance,
+        names.MICROBATCHES: float(plan.num_microbatches),
+        names.IDLE_MICROBATCHES: float(plan.idle_microbatches),
+        names.PADDING_SHARE: plan.padding_share,
+        names.BUBBLE_SHARE: plan.bubble_share,
+    }
 
 
 def publish_metrics(report: PublishReport) -> dict[str, float]:

@@ -6,31 +6,29 @@ prompts -> rollouts -> verdicts -> groups -> pairs -> token weights -> losses ->
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_oreal.actor.batch import TrainSequence
-from megatron_oreal.algorithm import Kept, request_seed, rewards_from_verdicts, select
+from megatron_oreal.algorithm import Kept, request_seed, select
 from megatron_oreal.checkpoint import Checkpoints
 from megatron_oreal.config import Config
 from megatron_oreal.config_check import check_training_paths
 from megatron_oreal.data.packing import PackItem
-from megatron_oreal.data.trajectories import TrajectoryWriter
-from megatron_oreal.data.types import Prompt, Trajectory
 from megatron_oreal.errors import UserError
 from megatron_oreal.evaluate import evaluate, require_known
+from megatron_oreal.rollout.draw import Draw, Samples
 from megatron_oreal.run import Run, open_run
 from megatron_oreal.step_metrics import (
     publish_metrics,
     rollout_metrics,
     throughput_metrics,
+    unknown_causes,
     update_metrics,
     verdict_metrics,
     verification_metrics,
 )
 from megatron_oreal.telemetry import MetricLogger, PhaseTimers, StepTable, names, summary, write_report
-from megatron_oreal.verifier.verdict import Verdict
 
 
 def train(config: Config) -> None:
@@ -74,7 +72,7 @@ def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
     assert run.order is not None
     prompts = run.order.take(rollout.prompts_per_step + rollout.oversample_prompts)
     with timers("generate"):
-        trajectories = run.rollouts.sample(
+        drawn = run.rollouts.sample(
             prompts,
             rollout.prompt_repeat_k,
             run.sampling,
@@ -83,9 +81,7 @@ def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
             enough=rollout.prompts_per_step if rollout.oversample_prompts else None,
         )
     with timers("select"):
-        verdicts = [t.judgement.verdict for t in trajectories if t.judgement is not None]
-        k = rollout.prompt_repeat_k
-        rewards = rewards_from_verdicts([verdicts[i : i + k] for i in range(0, len(verdicts), k)])
+        rewards = drawn.samples.rewards(rollout.prompt_repeat_k)
         algorithm = config.algorithm
         kept = select(
             rewards,
@@ -94,15 +90,15 @@ def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
             run_seed=config.seed,
             step=step,
         )
-        metrics, statistics = rollout_metrics(trajectories, rewards, kept)
-        metrics |= verdict_metrics(trajectories, run.rollouts.judge_stats)
-        if config.telemetry.save_trajectories and run.is_first_rank:
-            _write_trajectories(config, step, prompts, trajectories)
-        _require_known(config, trajectories)
+        metrics, statistics = rollout_metrics(drawn.samples, rewards, kept)
+        metrics |= verdict_metrics(drawn.samples, run.rollouts.judge_stats)
+        if config.telemetry.save_trajectories:
+            drawn.write(config.work_path / "trajectories" / f"step_{step:06d}.jsonl", prompts)
+        _require_known(config, drawn.samples)
     if kept:
         metrics |= run.sleep(timers)
         with timers("update"):
-            result = run.actor.update(_sequences(trajectories, kept, k), step, timers)
+            result = run.actor.update(_sequences(drawn, kept, rollout.prompt_repeat_k), step, timers)
         metrics |= update_metrics(result)
         if result.policy_grad_norm is not None or run.fleet.is_served:  # servers have slept, and lost their weights
             with timers("publish"):
@@ -115,25 +111,24 @@ def train_step(run: Run, timers: PhaseTimers, step: int) -> dict[str, float]:
     return metrics
 
 
-def _sequences(trajectories: Sequence[Trajectory], kept: Sequence[Kept], k: int) -> list[TrainSequence]:
-    chosen = [(trajectories[item.group * k + item.sample], item) for item in kept]
+def _sequences(drawn: Draw, kept: Sequence[Kept], k: int) -> list[TrainSequence]:
+    chosen = drawn.fetch([item.group * k + item.sample for item in kept])
     return [
-        TrainSequence(PackItem.of(t), item.reward, item.advantage, item.pass_rate, t.engine_logp) for t, item in chosen
+        TrainSequence(PackItem.of(t), item.reward, item.advantage, item.pass_rate, t.engine_logp)
+        for t, item in zip(chosen, kept, strict=True)
     ]
 
 
-def _require_known(config: Config, trajectories: Sequence[Trajectory]) -> None:
+def _require_known(config: Config, samples: Samples) -> None:
     limit = config.verifier.max_unknown_share
-    unknown = [t.judgement for t in trajectories if t.judgement is not None and t.judgement.verdict is Verdict.UNKNOWN]
-    share = len(unknown) / max(len(trajectories), 1)
+    share = int((samples.rows["reward"] == 0).sum()) / max(len(samples), 1)
     if share > limit:
-        causes = Counter(judgement.cause for judgement in unknown).most_common()
+        causes, example = unknown_causes(samples)
         counts = ", ".join(f"{count} x {cause}" for cause, count in causes[:5])
-        commonest = Counter(judgement.reason for judgement in unknown if judgement.cause == causes[0][0])
         raise UserError(
-            f"verifier.max_unknown_share={limit}: {share:.0%} of this step's {len(trajectories)} verdicts are unknown "
-            f"({counts}; for example {commonest.most_common(1)[0][0]!r}); training on the rest would be biased: repair "
-            "that, or raise the limit"
+            f"verifier.max_unknown_share={limit}: {share:.0%} of this step's {len(samples)} verdicts are unknown "
+            f"({counts}; for example {example!r}); training on the rest would be biased: repair that, or raise the "
+            "limit"
         )
 
 
@@ -186,14 +181,6 @@ def _evaluate_when_due(run: Run, timers: PhaseTimers, step: int, *, last: bool) 
     if not last:
         require_known(result, run.config.verifier.max_unknown_share)
     return result
-
-
-def _write_trajectories(
-    config: Config, step: int, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]
-) -> None:
-    with TrajectoryWriter(config.work_path / "trajectories" / f"step_{step:06d}.jsonl") as writer:
-        for trajectory in trajectories:
-            writer.write(trajectory, prompts[trajectory.group].id)
 
 
 def _finish(run: Run) -> None:

@@ -58,6 +58,16 @@ def test_keys_that_are_new_or_gone_since_are_no_changes() -> None:
     assert check_changes({"step": 3}, config(seed=7), SPEC, Path("step")) is None
 
 
+@pytest.mark.parametrize("key", ["overlap_grad_reduce", "ddp_bucket_size"])
+def test_buckets_may_change_only_where_the_optimizer_state_does_not_lie_in_them(key: str) -> None:
+    now = config(**{f"parallel__{key}": 4000 if key == "ddp_bucket_size" else True})
+    formats = {"policy": "fully_reshardable", "reward_model": "fully_reshardable"}
+    assert f"parallel.{key}" in str(check_changes(saved() | {"optimizer_formats": formats}, now, SPEC, Path("step")))
+    formats["reward_model"] = "dp_reshardable"
+    with pytest.raises(UserError, match=rf"parallel\.{key}=.*state is kept by buckets: set it back"):
+        check_changes(saved() | {"optimizer_formats": formats}, now, SPEC, Path("step"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

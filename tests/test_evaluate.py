@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from megatron_oreal.config_load import parse_verifier
 from megatron_oreal.data.types import Prompt, Trajectory
 from megatron_oreal.errors import UserError
 from megatron_oreal.evaluate import evaluate, require_known
+from megatron_oreal.rollout.draw import Draw, Samples
 from megatron_oreal.rollout.engine import SamplingParams
 from megatron_oreal.telemetry import names
 from megatron_oreal.verifier.verdict import Judgement, Verdict
@@ -24,13 +26,13 @@ class Drawn:
     def sample(self, prompts, num_samples, sampling, seed_of, label):
         rows = self.verdicts[sampling.temperature == 0.0]
         assert [len(row) for row in rows] == [num_samples] * len(prompts)
-        return [trajectory(verdict) for row in rows for verdict in row]
+        own = [trajectory(group, k, verdict) for group, row in enumerate(rows) for k, verdict in enumerate(row)]
+        return Draw(Samples.of(own), own, None)
 
 
-def trajectory(verdict):
-    one = Trajectory.__new__(Trajectory)
-    one.judgement = None if verdict is None else Judgement(verdict, "a reason")
-    return one
+def trajectory(group, sample, verdict):
+    judgement = None if verdict is None else Judgement(verdict, "a reason")
+    return Trajectory(group, sample, np.zeros(1), np.zeros(2), np.zeros(2), True, judgement)
 
 
 def result(sampled, greedy):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -152,3 +154,20 @@ def test_all_ranks_raise_the_first_mistake_that_any_of_them_sees() -> None:
         assert second["error"] == "rank 1 misses its file"
         assert both["error"] == "rank 0 misses its file"
         assert all(answer["ranks"] == [0, 1] and answer["from rank 1"] == "of 1" for answer in answers)
+
+
+@pytest.mark.parametrize(("hard", "said"), [(8192, "4608"), (2000, "2000"), (1100, "ulimit -Hn is 1100: each of 1024")])
+def test_the_limit_of_open_files_is_raised_for_many_ranks_or_refused(hard: int, said: str) -> None:
+    lines = [
+        "import resource",
+        "from megatron_oreal.errors import UserError",
+        "from megatron_oreal.platform.device import allow_connections",
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))",
+        "try:",
+        "    allow_connections(1024)",
+        "    print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])",
+        "except UserError as error:",
+        "    print(error)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(said)

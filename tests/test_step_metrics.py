@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_oreal.actor.actor import StepSums, UpdateResult
+from megatron_oreal.actor.actor import UpdateResult
+from megatron_oreal.actor.sums import LogpGap, StepSums
 from megatron_oreal.algorithm import Normalisers, rewards_from_verdicts, select
+from megatron_oreal.data.packing import MicrobatchPlan
 from megatron_oreal.data.types import Trajectory
+from megatron_oreal.rollout.draw import Samples
 from megatron_oreal.step_metrics import rollout_metrics, throughput_metrics, update_metrics, verdict_metrics
 from megatron_oreal.telemetry import names
 from megatron_oreal.verifier.judge_stats import DEADLINE, REPLY, JudgeStats
@@ -26,16 +29,16 @@ SUMS = {
     "negative_weight": 4.0,
     "negative_weight_nonzero": 7.0,
 }
+PLAN = MicrobatchPlan([[[0], [1]], [[2, 3], []]], [[8, 8], [8, 4]], 1.5, 1.25, 0.125, 0.4)
 COUNTS = Normalisers(positive_tokens=12, negative_tokens=28, tokens=40, sequences=4)
 
 
 def result(
     *, policy: float | None = 2.0, reward_model: float | None = 3.0, counts: Normalisers = COUNTS, diffs: bool = True
 ) -> UpdateResult:
-    drawn = [np.full(990, 0.25, np.float32), np.full(10, 1.0, np.float32)] if diffs else []
-    sums = StepSums(dict(SUMS), drawn)
+    sums = StepSums(dict(SUMS), LogpGap(1000, 0.2575, 0.75, 1.0) if diffs else None)
     rates = (0.0 if policy is None else 1e-4, 0.0 if reward_model is None else 2e-4)
-    return UpdateResult(sums, counts, 1.5, policy, rates[0], reward_model, rates[1])
+    return UpdateResult(sums, counts, PLAN, policy, rates[0], reward_model, rates[1])
 
 
 def test_losses_are_sums_already_and_the_rest_is_divided_by_the_counts_of_its_own_tokens() -> None:
@@ -58,8 +61,13 @@ def test_losses_are_sums_already_and_the_rest_is_divided_by_the_counts_of_its_ow
             names.GRAD_NORM_POLICY: 2.0,
             names.GRAD_NORM_REWARD_MODEL: 3.0,
             names.BALANCE: 1.5,
+            names.MICROBATCH_BALANCE: 1.25,
+            names.MICROBATCHES: 2.0,
+            names.IDLE_MICROBATCHES: 1.0,
+            names.PADDING_SHARE: 0.125,
+            names.BUBBLE_SHARE: 0.4,
             names.LOGP_DIFF_MEAN: 0.2575,
-            names.LOGP_DIFF_P999: 1.0,
+            names.LOGP_DIFF_P999: 0.75,
             names.LOGP_DIFF_MAX: 1.0,
         }
     )
@@ -111,7 +119,7 @@ def test_rollout_metrics_leave_unknown_verdicts_out_of_rates_and_not_out_of_coun
         trajectory(1, 2, 10, stopped=False),
     ]
     kept = select(rewards, filter="pair", run_seed=0, step=0)
-    metrics, statistics = rollout_metrics(trajectories, rewards, kept)
+    metrics, statistics = rollout_metrics(Samples.of(trajectories), rewards, kept)
     assert metrics == pytest.approx(
         {
             names.PASS_RATE: 1 / 5,
@@ -137,7 +145,7 @@ def test_rollout_metrics_leave_unknown_verdicts_out_of_rates_and_not_out_of_coun
 
 def test_what_is_undefined_in_a_step_is_not_logged() -> None:
     rewards = rewards_from_verdicts([[Verdict.UNKNOWN, Verdict.UNKNOWN]])
-    metrics, _ = rollout_metrics([trajectory(0, 0, 3), trajectory(0, 1, 3)], rewards, [])
+    metrics, _ = rollout_metrics(Samples.of([trajectory(0, 0, 3), trajectory(0, 1, 3)]), rewards, [])
     undefined = {names.PASS_RATE, names.REWARD_MEAN, names.LENGTH_CORRECT, names.LENGTH_WRONG}
     assert not undefined & metrics.keys()
     assert metrics[names.UNKNOWN_SHARE] == 1.0
@@ -174,11 +182,11 @@ def test_who_decided_and_what_the_judge_had_to_do_are_counted_over_all_ranks() -
     drawn = [trajectory(0, n, 3) for n in range(6)]
     for one, verdict, reason in zip(drawn, verdicts, reasons, strict=True):
         one.judgement = Judgement(verdict, reason)
-    assert verdict_metrics(drawn, None) == {names.BY_RULES_SHARE: 2 / 6, names.BY_JUDGE_SHARE: 1 / 6}
+    assert verdict_metrics(Samples.of(drawn), None) == {names.BY_RULES_SHARE: 2 / 6, names.BY_JUDGE_SHARE: 1 / 6}
     ranks = [JudgeStats(3, 1, 2, 0, 1, [1.0, 2.0]), JudgeStats(5, 0, 1, 4, 2, [3.0])]
     ranks[0].unknown.update([DEADLINE, "judge failed"])
     ranks[1].unknown.update([DEADLINE, REPLY])
-    metrics = verdict_metrics(drawn, ranks[0] + ranks[1])
+    metrics = verdict_metrics(Samples.of(drawn), ranks[0] + ranks[1])
     judge = {name: value for name, value in metrics.items() if name.startswith("judge/") and value}
     assert judge == {
         names.JUDGE_REQUESTS: 8,

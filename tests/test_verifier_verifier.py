@@ -200,6 +200,7 @@ def test_the_judge_is_asked_about_a_response_while_the_next_is_still_generated()
         prompts = [Prompt("a", "How many are a dozen?", "twelve")]
         drawn = sampler.sample(prompts, 2, sampling, lambda group, sample: 0, None)
     assert engine.held
-    assert [t.judgement.verdict for t in drawn] == [Verdict.CORRECT, Verdict.WRONG]
+    assert [t.judgement.verdict for t in drawn.own] == [Verdict.CORRECT, Verdict.WRONG]
+    assert drawn.samples.rows["reward"].tolist() == [1, -1]
     assert sampler.judge_stats.requests == 2
     assert servers.block_of(server.payloads[0], "QUESTION") == "How many are a dozen?"

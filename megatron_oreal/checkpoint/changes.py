@@ -14,8 +14,12 @@ from megatron_oreal.layout.model_spec import ModelSpec
 FIXED_KEYS = {
     "model.dtype": "the optimizer's state is kept in another form",
     "parallel.use_distributed_optimizer": "the optimizer's state is kept in another form",
+    "parallel.optimizer_cpu_offload": "the optimizer's state is kept in another form",
+    "parallel.use_precision_aware_optimizer": "the optimizer's state is kept in another form",
 }
 """Keys that must be as they were, and why."""
+_BUCKET_KEYS = ("parallel.overlap_grad_reduce", "parallel.ddp_bucket_size")
+"""Keys that must be too where the optimizer's state was saved bucket by bucket."""
 _SILENT = ("work_dir", "device", "checkpoint.", "telemetry.", "sft.", "model.megatron_checkpoint")
 """Keys that say where and how often things are written, or matter only before the first step."""
 
@@ -46,10 +50,13 @@ def check_changes(saved: Mapping[str, Any], config: Config, spec: ModelSpec, ori
         for key in [*before, *(key for key in now if key not in before)]
         if before.get(key) != now.get(key) and key in now and not key.startswith(_SILENT)
     ]
+    fixed = dict(FIXED_KEYS)
+    if "dp_reshardable" in saved.get("optimizer_formats", {}).values():
+        fixed |= dict.fromkeys(_BUCKET_KEYS, "the optimizer's state is kept by buckets")
     for key in changed:
-        if key in FIXED_KEYS and key in before:
+        if key in fixed and key in before:
             raise UserError(
-                f"{key}={now[key]}: {origin} was saved with {before[key]}, and {FIXED_KEYS[key]}: set it back, or use "
+                f"{key}={now[key]}: {origin} was saved with {before[key]}, and {fixed[key]}: set it back, or use "
                 "a new work_dir"
             )
     said = [f"{key} {before[key]} -> {now[key]}" for key in changed if key in before]

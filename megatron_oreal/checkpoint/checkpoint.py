@@ -68,6 +68,7 @@ class Checkpoints:
         formats = {key: _optimizer_format(optimizer, self.platform) for key, _, optimizer in _trained(actor)}
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
+                model.gather_parameters()
                 state = _sharded_state(model, optimizer, formats[key], is_loading=False)
                 with _saving(partial / key):
                     dist_checkpointing.save(state | {"iteration": step, "checkpoint_version": 3.0}, str(partial / key))
@@ -110,7 +111,7 @@ class Checkpoints:
                 try:
                     template = _sharded_state(model, optimizer, run["optimizer_formats"][key], is_loading=True)
                     state = dist_checkpointing.load(template, str(path / key))
-                except CheckpointingException as error:
+                except (CheckpointingException, CheckpointException) as error:
                     reason = " ".join(str(error).split())[:300]
                     raise UserError(f"{path / key}: does not fit this model ({reason}): use a new work_dir") from None
                 for name, chunk in zip(_chunk_keys(model), model.chunks, strict=True):

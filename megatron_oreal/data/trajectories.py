@@ -31,13 +31,16 @@ class TrajectoryWriter:
 
     def __enter__(self) -> TrajectoryWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("w", encoding="utf-8")
+        self._file = self._partial.open("wb")
         return self
 
     def write(self, trajectory: Trajectory, prompt_id: str) -> None:
         """Append one trajectory; ``prompt_id`` is the ``Prompt.id`` of its group."""
-        json.dump(_to_record(trajectory, prompt_id), self._file, ensure_ascii=False)
-        self._file.write("\n")
+        self.write_encoded(encode_trajectory(trajectory, prompt_id))
+
+    def write_encoded(self, lines: bytes) -> None:
+        """Append what ``encode_trajectory`` has returned, on this rank or another, once or more often."""
+        self._file.write(lines)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -52,6 +55,11 @@ class TrajectoryWriter:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 self._partial.unlink()
+
+
+def encode_trajectory(trajectory: Trajectory, prompt_id: str) -> bytes:
+    """Return one line of a trajectory file, its end included."""
+    return json.dumps(_to_record(trajectory, prompt_id), ensure_ascii=False).encode() + b"\n"
 
 
 def read_trajectories(path: str | Path) -> Iterator[tuple[str, Trajectory]]:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+import resource
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_oreal.errors import UserError
+
+MESSAGE_BYTES = 64 * 2**20
+"""Of one message between hosts at most; larger arrays go in pieces."""
+
+_DESCRIPTORS_A_RANK, _SPARE_DESCRIPTORS = 4, 512
+"""gloo's groups have a socket a pair of members: the host group, and Megatron's of the data-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,52 @@ class Platform:
             dist.broadcast_object_list(box, src=source, group=self.host_group)
         return box[0]
 
+    def broadcast_bytes(self, buffer: np.ndarray, source: int, what: str = "") -> None:
+        """Fill ``buffer``, uint8 [n] with one n on all ranks, with that of rank ``source``."""
+        if self.world_size == 1:
+            return
+        with self._waiting(what):
+            for piece in _pieces(buffer):
+                dist.broadcast(piece, src=source, group=self.host_group)
+
+    def exchange(
+        self, sends: Mapping[int, np.ndarray], receives: Mapping[int, int], what: str = ""
+    ) -> dict[int, np.ndarray]:
+        """Send arrays, uint8 [n], to some ranks, and receive ``receives[rank]`` bytes from others, all at once.
+
+        Not a collective: it concerns those ranks alone, which must name the same sizes; nothing of size 0 is sent.
+        """
+        found = {rank: np.empty(size, dtype=np.uint8) for rank, size in receives.items()}
+        with self._waiting(what):
+            works = [
+                transfer(piece, rank, self.host_group, tag)
+                for transfer, arrays in ((dist.irecv, found), (dist.isend, sends))
+                for rank, array in arrays.items()
+                for tag, piece in enumerate(_pieces(array))
+            ]
+            for work in works:
+                assert work is not None  # None: a rank outside of the group
+                work.wait()
+        return found
+
+    def send_bytes(self, data: bytes, rank: int, what: str = "") -> None:
+        """Send to ``rank``, whose ``receive_bytes`` need not know the size."""
+        array = np.frombuffer(bytearray(data), dtype=np.uint8)
+        self.exchange({rank: np.array([len(array)]).view(np.uint8)}, {}, what)
+        self.exchange({rank: array}, {}, what)
+
+    def receive_bytes(self, rank: int, what: str = "") -> bytes:
+        """What ``rank`` sends with ``send_bytes``."""
+        size = int(self.exchange({}, {rank: 8}, what)[rank].view(np.int64)[0])
+        return self.exchange({}, {rank: size}, what)[rank].tobytes()
+
+    def sum_array(self, array: np.ndarray, what: str = "") -> np.ndarray:
+        """The sum over all ranks of an array of integers of one shape, the same on every rank, in place."""
+        if self.world_size > 1:
+            with self._waiting(what):
+                dist.all_reduce(torch.from_numpy(array), group=self.host_group)
+        return array
+
     @contextlib.contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
         try:
@@ -93,6 +147,11 @@ class Platform:
         if errors:
             raise UserError(errors[0])
         return result
+
+
+def _pieces(array: np.ndarray) -> list[torch.Tensor]:
+    """Views of at most ``MESSAGE_BYTES``."""
+    return [torch.from_numpy(array[at : at + MESSAGE_BYTES]) for at in range(0, len(array), MESSAGE_BYTES)]
 
 
 def choose_device(requested: Literal["auto", "cuda", "cpu"]) -> str:
@@ -124,6 +183,7 @@ def init_distributed(
                 "ranks a node"
             )
         torch.cuda.set_device(local_rank)
+    allow_connections(int(os.environ.get("WORLD_SIZE", "1")))
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             store = dist.HashStore()
@@ -140,6 +200,24 @@ def init_distributed(
     assert host_group is not None
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     return Platform(device=device, rank=dist.get_rank(), world_size=dist.get_world_size(), host_group=host_group)
+
+
+def allow_connections(world_size: int) -> None:
+    """Raise this process's limit of open files as far as groups of so many ranks need it, or as it may be.
+
+    Raises ``UserError`` when not even one group fits.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    wanted, least = _DESCRIPTORS_A_RANK * world_size + _SPARE_DESCRIPTORS, world_size + _SPARE_DESCRIPTORS // 2
+    if soft != unlimited and soft < wanted:
+        soft = wanted if hard == unlimited else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != unlimited and soft < least:
+        raise UserError(
+            f"ulimit -Hn is {hard}: each of {world_size} ranks needs at least {least} open files to be connected with "
+            "all others; raise it (limits.conf, LimitNOFILE, or the container's --ulimit nofile)"
+        )
 
 
 def shutdown_distributed() -> None:

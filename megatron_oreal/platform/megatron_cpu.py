@@ -86,6 +86,13 @@ class _NoStream:
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
+    def record_event(self) -> _NoStream:
+        """Itself: an event that has happened."""
+        return self
+
+    def wait(self, stream: object) -> None:
+        """Nothing to wait for."""
+
 
 def _replacements() -> list[tuple[Any, str, Any]]:
     from megatron.core.tensor_parallel import random as megatron_random

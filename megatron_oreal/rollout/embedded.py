@@ -78,7 +78,7 @@ class EmbeddedEngine:
         prompts = checked_prompts(requests, sampling, max_length=self.max_length, vocab_size=model.spec.vocab_size)
         if not prompts:
             return []
-        run = _Run(self, model, prompts, [request.seed for request in requests], sampling, on_complete)
+        run = _Run(self, model, prompts, requests, sampling, on_complete)
         self._generating = True
         try:
             return run.finish_all()
@@ -146,7 +146,7 @@ class _Run:
         engine: EmbeddedEngine,
         model: EmbeddedModel,
         prompts: list[np.ndarray],
-        seeds: list[int],
+        requests: Sequence[Request],
         sampling: SamplingParams,
         on_complete: OnComplete | None,
     ):
@@ -154,7 +154,8 @@ class _Run:
         self._engine, self._model, self._sampling, self._on_complete = engine, model, sampling, on_complete
         self._prompts = prompts
         self._keys = [prompt.tobytes() for prompt in prompts]
-        self._request_streams = random_streams(seeds)
+        self._limits = [request.limit(sampling) for request in requests]
+        self._request_streams = random_streams([request.seed for request in requests])
         self._next_request = 0
         self._completions: list[Completion | None] = [None] * len(prompts)
         self._cache = KvCache(model.spec, slots, sampling.max_length, model.dtype, model.device)
@@ -261,7 +262,7 @@ class _Run:
             self._request[slot], self._stream[slot] = request, self._request_streams[request]
             self._token[slot], self._position[slot] = prompt[-1], prefix
             self._count[slot], self._kept_mass[slot] = 0, 0.0
-            self._limit[slot] = min(self._sampling.max_new_tokens, self._sampling.max_length - len(prompt))
+            self._limit[slot] = self._limits[request]
             self._cache.admit(slot, len(prompt))
             holders = self._holders.setdefault(self._keys[request], [])
             if prefix and holders:

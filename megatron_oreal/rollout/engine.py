@@ -24,7 +24,8 @@ class SamplingParams:
 
     ``temperature == 0`` is greedy. ``top_k == 0`` and ``top_p == 1`` switch the filters off. A response ends with the
     stop token, which is part of it, or after ``max_new_tokens``, or when prompt + response reach ``max_length`` tokens.
-    ``stop_token_id is None`` never stops early.
+    ``stop_token_id is None`` never stops early. ``new_tokens_by_seed``: for benchmarks, a limit of each request's own,
+    1 or more, by its seed: with it and without a stop token every response has a length that is known beforehand.
     """
 
     temperature: float
@@ -33,6 +34,7 @@ class SamplingParams:
     max_new_tokens: int
     max_length: int
     stop_token_id: int | None
+    new_tokens_by_seed: Mapping[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,11 @@ class Request:
 
     prompt_ids: np.ndarray
     seed: int
+
+    def limit(self, sampling: SamplingParams) -> int:
+        """Return the most tokens that the response may have, 1 or more."""
+        room = min(sampling.max_new_tokens, sampling.max_length - len(self.prompt_ids))
+        return room if sampling.new_tokens_by_seed is None else min(room, sampling.new_tokens_by_seed[self.seed])
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+
+import numpy as np
 
 from megatron_oreal.data.chat import ChatTemplate
 from megatron_oreal.data.types import Prompt, Trajectory
 from megatron_oreal.platform import Platform
+from megatron_oreal.rollout.draw import Draw, Samples, owner_of
 from megatron_oreal.rollout.engine import Completion, Engine, Request, SamplingParams
 from megatron_oreal.telemetry import progress
 from megatron_oreal.verifier import Verifier
 from megatron_oreal.verifier.judge_stats import JudgeStats
 from megatron_oreal.verifier.verdict import Judgement, Verdict
 
-T = TypeVar("T")
-
 
 class RolloutSampler:
-    """Shares a step's requests over the ranks' own engines and brings every rank all trajectories.
+    """Shares a step's requests over the ranks' own engines; every rank verifies and keeps what it has drawn.
 
     The K samples of a prompt stay on one rank, whose engine then runs their common prompt once. Verification runs in
     other processes and threads while the engine still generates; no rank waits inside a device collective for either.
@@ -38,8 +38,8 @@ class RolloutSampler:
         seed_of: Callable[[int, int], int],
         label: str | None,
         enough: int | None = None,
-    ) -> list[Trajectory]:
-        """``num_samples`` verified responses to each prompt, ordered by (group, sample), the same list on every rank.
+    ) -> Draw:
+        """``num_samples`` verified responses to each prompt: a row for each on every rank, ordered by (group, sample).
 
         ``seed_of(group, sample)`` fixes each response wherever it is drawn. ``label`` None: no progress bars.
         ``enough``: groups after which drawing ends, for engines that can end it.
@@ -47,7 +47,8 @@ class RolloutSampler:
         assert enough is None or enough >= len(prompts), "embedded engines draw everything"
         mine = [
             (group, sample)
-            for group in range(self.platform.rank, len(prompts), self.platform.world_size)
+            for group in range(len(prompts))
+            if owner_of(group, self.platform.world_size) == self.platform.rank
             for sample in range(num_samples)
         ]
         encoded = {group: self.chat.encode_prompt(prompts[group].question) for group, _ in mine}
@@ -61,7 +62,7 @@ class RolloutSampler:
             def take(index: int, completion: Completion) -> None:
                 nonlocal tokens
                 group, sample = mine[index]
-                trajectory = self.trajectory(group, sample, requests[index], completion)
+                trajectory = self.trajectory(group, sample, requests[index].prompt_ids, completion)
                 trajectory.text = self.chat.decode(completion.token_ids)
                 trajectories[group, sample] = trajectory
                 if completion.finish_reason == "abort":  # the engine's doing, not the model's: nothing to learn from
@@ -74,8 +75,7 @@ class RolloutSampler:
 
             self.engine.generate(requests, sampling, take)
         self.await_verdicts(trajectories, shown)
-        gathered = [item for part in self.share(trajectories) for item in part.items()]
-        return [trajectory for _, trajectory in sorted(gathered)]
+        return self.share(trajectories)
 
     def submit(self, prompt: Prompt, trajectory: Trajectory) -> None:
         """Hand a response to the verifier."""
@@ -100,19 +100,21 @@ class RolloutSampler:
                     trajectories[key].judgement = judgement  # type: ignore[index]
                     bar.update(1)
 
-    def share(self, part: T) -> list[T]:
-        """Every rank's part, on every rank; sums the judge's statistics on the way."""
-        found = self.platform.gather_objects((part, self.verifier.stats()), "the verdicts of all ranks")
+    def share(self, own: Mapping[tuple[int, int], Trajectory]) -> Draw:
+        """All ranks' responses that count, by their rows; sums the judge's statistics on the way."""
+        mine = [own[key] for key in sorted(own)]
+        part = Samples.of(mine), self.verifier.stats()
+        found = self.platform.gather_objects(part, "the verdicts of all ranks")
         stats = [stats for _, stats in found if stats is not None]
-        self.judge_stats = sum(stats, JudgeStats()) if stats else None
-        return [each for each, _ in found]
+        self.judge_stats = JudgeStats.total(stats) if stats else None
+        return Draw(Samples.merged(samples for samples, _ in found), mine, self.platform)
 
-    def trajectory(self, group: int, sample: int, request: Request, completion: Completion) -> Trajectory:
+    def trajectory(self, group: int, sample: int, prompt_ids: np.ndarray, completion: Completion) -> Trajectory:
         """A response as a trajectory, without its text and its verdict."""
         return Trajectory(
             group=group,
             sample=sample,
-            prompt_ids=request.prompt_ids,
+            prompt_ids=prompt_ids,
             response_ids=completion.token_ids,
             engine_logp=completion.logp,
             stopped=completion.finish_reason == "stop",

@@ -93,6 +93,15 @@ TOKENS_GENERATED = _metric("rollout/generated_tokens", "tokens", "response token
 TOKENS_ALL = _metric("rollout/tokens", "tokens", "prompt and response tokens of the step, all ranks")
 
 BALANCE = _metric("parallel/balance", "", "work of the most loaded data-parallel rank over the mean")
+MICROBATCH_BALANCE = _metric(
+    "parallel/microbatch_balance", "", "work of the heaviest micro-batch over the mean of those that hold something"
+)
+MICROBATCHES = _metric("parallel/microbatches", "micro-batches", "micro-batches of a data-parallel rank")
+IDLE_MICROBATCHES = _metric("parallel/idle_microbatches", "micro-batches", "empty ones, over all data-parallel ranks")
+PADDING_SHARE = _metric("parallel/padding_share", "share", "padding tokens of the micro-batches over all their tokens")
+BUBBLE_SHARE = _metric(
+    "parallel/bubble_share", "share", "of a pass that pipeline stages wait for each other, computed from the work"
+)
 
 LOGP_DIFF_MEAN = _metric("rollout/logp_diff_mean", "nats", "mean |engine logp - trainer logp| over response tokens")
 LOGP_DIFF_P999 = _metric("rollout/logp_diff_p999", "nats", "99.9th percentile of the same")

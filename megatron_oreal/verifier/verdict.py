@@ -35,4 +35,9 @@ class Judgement:
     @property
     def cause(self) -> str:
         """What stands before the first colon of the reason: the part that is the same for all of a kind."""
-        return self.reason.partition(": ")[0]
+        return cause_of(self.reason)
+
+
+def cause_of(reason: str) -> str:
+    """Return the ``Judgement.cause`` that a reason names."""
+    return reason.partition(": ")[0]
