@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 SPEC = MODELS["Qwen2.5-32B"]
 LABEL, TOKENS, WINDOW = "benchmark:0", 64, 256
 WORLDS = (8, 32, 128, 1024)
-ENGINES, REQUESTS = (8, 32, 128), (1024, 4096, 16384)
+ENGINES, REQUESTS = (8, 32, 128, 1024), (1024, 4096, 16384)
 
 
 # Schedule

@@ -70,6 +70,8 @@ def write_inputs(folder: Path, shape: str, is_cuda: bool) -> Path:
         model = Qwen2ForCausalLM(config).to(torch.bfloat16 if is_cuda else torch.float32)
     model.save_pretrained(folder / "model")
     del model
+    if is_cuda:
+        torch.cuda.empty_cache()  # for the run, which is another process
     prepare().make_tokenizer().save_pretrained(folder / "model")
     problems = [{"question": f"{a}+{a}", "gold_answer": str(2 * a)} for a in range(100, 132)]
     (folder / "train.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))

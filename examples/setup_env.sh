@@ -2,7 +2,14 @@
 # Make (or reuse) a virtual environment with megatron_oreal in it and print the path of its python.
 #   setup_env.sh DIR [EXTRA]      EXTRA: a setup.py extra, for example dev
 set -euo pipefail
-dir=${1:?usage: setup_env.sh DIR [EXTRA]}
+usage() {
+    sed -n '2,3s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+}
+case ${1:-} in
+    -h | --help) usage; exit 0 ;;
+    "" | -*) usage >&2; exit 2 ;; # standard output is for the path
+esac
+dir=$1
 extra=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -82,7 +82,7 @@ fi
 at_time_limit() {
     if ((${SLURM_RESTART_COUNT:-0} < max_requeues)); then
         echo "the time limit is near: job $SLURM_JOB_ID goes back into the queue, and on from its newest checkpoint"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" || echo "error: job $SLURM_JOB_ID does not go back into the queue: submit it again" >&2
     else
         echo "error: the time limit is near, and --max-requeues=$max_requeues is used up: submit again" >&2
     fi

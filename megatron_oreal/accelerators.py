@@ -34,9 +34,10 @@ Status = Literal["active", "idle", "missing", "broken"]
 class Part:
     """One accelerated part.
 
-    ``status``: ``active``, in use on this machine; ``idle``, installed but without its device, switched off or behind a
-    better one; ``missing``; ``broken``, installed but not to be loaded or run. ``detail``: version, path or reason.
-    ``instead``: what does its work when it is not active. ``use``: what training uses it for, and by which config key.
+    ``status``: ``active``, in use on this machine; ``idle``, installed but without its device, switched off, behind a
+    better one or without the layers that call it; ``missing``; ``broken``, installed but not to be loaded or run.
+    ``detail``: version, path or reason. ``instead``: what does its work when it is not active. ``use``: what training
+    uses it for, and by which config key.
     """
 
     name: str
@@ -74,7 +75,10 @@ class Environment:
 
 @dataclass(frozen=True)
 class _Package:
-    """A third-party part: ``module`` must be found, ``test`` must run; ``instead`` and ``use`` as in Part."""
+    """A third-party part: ``module`` must be found, ``test`` must run; ``instead`` and ``use`` as in Part.
+
+    ``needs_layers``: only TransformerEngine's layers call it.
+    """
 
     name: str
     module: str
@@ -83,6 +87,7 @@ class _Package:
     instead: str
     use: str
     needs_cuda: bool = True
+    needs_layers: bool = False
 
 
 _THIRD_PARTY = (
@@ -117,6 +122,7 @@ _THIRD_PARTY = (
         "import fused_weight_gradient_mlp_cuda as m; m.wgrad_gemm_accum_fp32",
         "a weight gradient of its own, then added to main_grad",
         "weight gradients added to main_grad inside their GEMM; parallel.gradient_accumulation_fusion: auto, true",
+        needs_layers=True,
     ),
     _Package(
         "flash-attn",
@@ -125,6 +131,7 @@ _THIRD_PARTY = (
         "import flash_attn_2_cuda, flash_attn",
         "TransformerEngine's cuDNN attention, or torch's in torch-native layers",
         "attention over packed sequences in TransformerEngine; parallel.attention_backend: auto, flash",
+        needs_layers=True,
     ),
     _Package(
         "flash-attn 3 (Hopper)",
@@ -133,6 +140,7 @@ _THIRD_PARTY = (
         "import flash_attn_interface",
         "flash-attn, or TransformerEngine's cuDNN attention",
         "the same on Hopper; parallel.attention_backend: auto, flash",
+        needs_layers=True,
     ),
     _Package(
         "SGLang",
@@ -205,6 +213,12 @@ def _third_party(has_cuda: bool) -> list[Part]:
         for package, state in running
     ]
     by_name = {part.name: part for part in parts}
+    if by_name["TransformerEngine layers"].status != "active":
+        callees = {package.name for package in _THIRD_PARTY if package.needs_layers}
+        for index, part in enumerate(parts):
+            if part.name in callees and part.status == "active":
+                detail = f"{part.detail}, without TransformerEngine's layers nothing calls it"
+                parts[index] = replace(part, status="idle", detail=detail)
     engine, apex = by_name["fused Adam (TransformerEngine)"], by_name["fused Adam (apex)"]
     if engine.status == apex.status == "active":  # Megatron's order of preference
         parts[parts.index(apex)] = replace(

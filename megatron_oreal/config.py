@@ -245,7 +245,7 @@ class ParallelConfig(Section):
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = Field(
         "auto", description="of TransformerEngine: flash-attn, cuDNN's fused, unfused; auto: its own choice"
     )
-    gradient_accumulation_fusion: Literal["auto"] | bool = Field(
+    gradient_accumulation_fusion: Literal["auto", True, False] = Field(
         "auto", description="weight gradients added to main_grad inside their GEMM; auto: where it is installed"
     )
     max_tokens_per_microbatch: PositiveInt = Field(
@@ -280,12 +280,6 @@ class ParallelConfig(Section):
     )
     cpu_offloading_num_layers: NonNegativeInt = Field(
         0, description="layers whose activations wait in host memory until the backward pass (TransformerEngine)"
-    )
-    fine_grained_activation_offloading: bool = Field(
-        False, description="inputs of offload_modules wait in host memory until the backward pass (TransformerEngine)"
-    )
-    offload_modules: list[Literal["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"]] = Field(
-        [], description="whose inputs fine_grained_activation_offloading moves"
     )
     distributed_timeout_s: PositiveInt = Field(1800, description="deadline of every collective")
 

@@ -18,6 +18,11 @@ from megatron_oreal.loss.chunked import LEAST_TOKENS
 from megatron_oreal.rollout.sglang.args import check_model, check_server_args, server_arg_names
 from megatron_oreal.verifier.judge_hosts import judge_contradictions
 
+_PASSES = ("fprop", "dgrad", "wgrad")
+_BOOTSTRAP_BACKENDS = ("nccl", "gloo", "mpi")
+_USER_BUFFER_GEMMS = tuple(f"{linear}_{of}" for linear in ("qkv", "proj", "fc1", "fc2") for of in _PASSES)
+"""Keys of TransformerEngine's ``ub_cfgs``, which passes over others in silence."""
+
 
 def check_config(
     config: Config, spec: ModelSpec, world_size: int, ranks_per_node: int | None = None, *, planned: bool = False
@@ -122,9 +127,19 @@ def _performance(config: Config, spec: ModelSpec) -> Iterator[str]:
         )
     if not p.tp_comm_overlap and (p.tp_comm_overlap_options or p.tp_comm_overlap_cfg):
         yield "parallel.tp_comm_overlap_options and tp_comm_overlap_cfg need parallel.tp_comm_overlap=true: unset them"
-    for name in p.tp_comm_overlap_options:
+    for name, value in p.tp_comm_overlap_options.items():
         if not name.startswith("tp_comm_") or name == "tp_comm_overlap":
             yield f"parallel.tp_comm_overlap_options: {name} is none of Megatron's tp_comm_* settings: remove it"
+        elif name == "tp_comm_bootstrap_backend" and value not in _BOOTSTRAP_BACKENDS:
+            yield f"parallel.tp_comm_overlap_options: {name}={value!r}: use one of {', '.join(_BOOTSTRAP_BACKENDS)}"
+        elif name != "tp_comm_bootstrap_backend" and not isinstance(value, bool):
+            yield f"parallel.tp_comm_overlap_options: {name}={value!r}: use true or false"
+    for name in p.tp_comm_overlap_cfg:
+        if name not in _USER_BUFFER_GEMMS:
+            yield (
+                f"parallel.tp_comm_overlap_cfg: {name} is no GEMM that TransformerEngine overlaps: use one of "
+                + ", ".join(_USER_BUFFER_GEMMS)
+            )
     if p.cuda_graph_impl != "none":
         yield (
             f"parallel.cuda_graph_impl={p.cuda_graph_impl}: megatron-core captures layers with one shape and without "
@@ -165,18 +180,14 @@ def _activations(config: Config, spec: ModelSpec) -> Iterator[str]:
         if p.cpu_offloading_num_layers >= spec.num_layers:
             yield f"{key} must be below the model's {spec.num_layers} layers: lower it"
         if p.pipeline_model_parallel_size > 1:
-            yield f"{key} needs parallel.pipeline_model_parallel_size=1: use fine_grained_activation_offloading, or 0"
+            yield f"{key} needs parallel.pipeline_model_parallel_size=1: set 0, or recompute_granularity instead"
         if p.recompute_granularity is not None:
             yield f"{key} excludes parallel.recompute_granularity={p.recompute_granularity}: set 0, or null there"
-        if p.fine_grained_activation_offloading:
-            yield f"{key} excludes parallel.fine_grained_activation_offloading=true: set 0, or false there"
-    if p.fine_grained_activation_offloading != bool(p.offload_modules):
+    if p.optimizer_offload_fraction != 1.0 and not p.optimizer_cpu_offload:
         yield (
-            "parallel.fine_grained_activation_offloading and offload_modules go together: set it to true and name "
-            "modules, or neither"
+            f"parallel.optimizer_offload_fraction={p.optimizer_offload_fraction} needs "
+            "parallel.optimizer_cpu_offload=true: set it, or remove the fraction"
         )
-    if "attn_proj" in p.offload_modules and "core_attn" not in p.offload_modules:
-        yield "parallel.offload_modules: attn_proj's input is core_attn's output: add core_attn, or remove it"
 
 
 def _divisors(n: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_oreal import platform as platforms
 from megatron_oreal.actor.actor import Actor
 from megatron_oreal.actor.build import DTYPES
-from megatron_oreal.actor.parallel import ParallelGrid, init_parallel
+from megatron_oreal.actor.parallel import ParallelGrid, destroy_parallel, init_parallel
 from megatron_oreal.actor.publish import PublishReport
 from megatron_oreal.config import Config
 from megatron_oreal.config_check import check_config
@@ -23,6 +23,7 @@ from megatron_oreal.data.types import Prompt
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout import ModelSpec, load_model_spec
 from megatron_oreal.platform import Platform
+from megatron_oreal.preflight.devices import require_gpus
 from megatron_oreal.preflight.identity import require_same_ranks
 from megatron_oreal.rollout.dispatched import DispatchedSampler
 from megatron_oreal.rollout.embedded import EmbeddedEngine
@@ -132,6 +133,7 @@ def open_run(
     served = config.rollout.engine == "sglang"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, when it is killed, leaves its ranks, which hold the devices
         guard.set_parent_death_signal(signal.SIGKILL)
+    require_gpus(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     platform = platforms.init_distributed(
         config.device, config.parallel.distributed_timeout_s, host_timeout_s(config) if served else None
     )
@@ -146,6 +148,7 @@ def open_run(
             fleet.start()  # servers start while the rest is built
         verifier = platform.fail_together(lambda: stack.enter_context(_open_verifier(config, platform)))
         grid = init_parallel(config.parallel, platform)
+        stack.callback(destroy_parallel)
         if draws and platform.is_cuda:
             # A server sizes its KV cache by the device memory that it finds free; that must not depend on how far
             # the actors have come meanwhile.

@@ -7,20 +7,14 @@ parallel dimension that has more than one rank in the original has more than one
 from __future__ import annotations
 
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
-import torch.distributed as dist
+from dist import run_ranks
 from tokenizers import AddedToken
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -127,7 +121,8 @@ def overrides(name: str, folder: Path, *, engine: str = "embedded") -> list[str]
         return [*keys, "device=cpu", "rollout.engine=embedded", "rollout.sglang={}", "rollout.engine_tp=1"]
     # With the memory saver, weights that sleep took away are NaN until they are loaded: a forgotten sync shows.
     keys += ["rollout.sglang={enable_memory_saver: true}", f"rollout.engine_tp={min(2, real.rollout.engine_tp)}"]
-    return [*keys, "device=cpu", "rollout.engine=sglang"]
+    # SGLang pads a vocabulary to multiples of 64; that of the real models needs none. So both split it at the same row.
+    return [*keys, "device=cpu", "rollout.engine=sglang", "parallel.make_vocab_size_divisible_by=64"]
 
 
 @dataclass(frozen=True)
@@ -138,69 +133,9 @@ class Job:
     overrides: list[str]
     resume_from: str | None = None
 
-    @property
-    def ranks(self) -> int:
-        """Ranks of the twin."""
-        return TWINS[self.name].ranks
 
-
-def train_twins(jobs: Sequence[Job], folder: Path, timeout_s: float = 550) -> None:
-    """Train one job after the other, each on gloo ranks of its own; fails with their output.
-
-    The ranks are forked from one process that has imported what they need: importing it in every rank of every job
-    would cost several times what the training does.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tiny.REPOSITORY}:{tiny.REPOSITORY / 'tests'}"}
-    command = [sys.executable, "-W", "ignore", __file__, str(folder)]
-    done = subprocess.run(
-        command,
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert done.returncode == 0, f"{[job.name for job in jobs]}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-
-
-def _main(folder: Path) -> int:
-    """Fork the ranks of every job in turn; 1 when a rank fails."""
-    import torch.utils.tensorboard  # noqa: F401
-
-    import megatron_oreal.telemetry.panels  # noqa: F401
-    from megatron_oreal.train import train
-
-    context = multiprocessing.get_context("fork")
-
-    def rank_of(job: Job, store: Path, rank: int) -> None:
-        # torchrun's word on where this rank is; the group meets in a file, so no port can be taken meanwhile.
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(job.ranks)}
-        dist.init_process_group("gloo", store=dist.FileStore(str(store), job.ranks), rank=rank, world_size=job.ranks)
-        train(real_config(job.name, *job.overrides))
-
-    for index, job in enumerate(Job(**tree) for tree in json.loads((folder / "jobs.json").read_text())):
-        if job.resume_from is not None:
-            source, work_dir = Path(job.resume_from), Path(real_config(job.name, *job.overrides).work_dir)
-            shutil.copytree(source, work_dir / "checkpoints" / source.name)
-        store = folder / f"store{index}"
-        ranks = [context.Process(target=rank_of, args=(job, store, rank)) for rank in range(job.ranks)]
-        for process in ranks:
-            process.start()
-        running = ranks
-        while running and not any(process.exitcode for process in ranks):
-            ended = multiprocessing.connection.wait([process.sentinel for process in running])
-            for process in running:
-                if process.sentinel in ended:
-                    process.join()  # its exit status is known from here on
-            running = [process for process in running if process.sentinel not in ended]
-        if any(process.exitcode for process in ranks):
-            for process in ranks:  # the others would wait for it
-                process.terminate()
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1])))
+def train_twins(jobs: Sequence[Job], timeout_s: float = 550) -> None:
+    """Train twins of as many ranks, one after the other in one ``torchrun`` launch; fails with the ranks' output."""
+    (ranks,) = {TWINS[job.name].ranks for job in jobs}
+    trainings = [(CONFIGS / f"{job.name}.yaml", job.overrides, job.resume_from) for job in jobs]
+    run_ranks("twin_workers:train_in_turn", ranks, {"trainings": trainings}, timeout_s=timeout_s)

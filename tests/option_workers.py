@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import actor_cases
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_oreal.actor import actor as actor_module
 from megatron_oreal.actor import batch as batch_module
+from megatron_oreal.actor import options as options_module
 from megatron_oreal.actor.actor import Actor
 from megatron_oreal.actor.build import MegatronModel
 from megatron_oreal.actor.parallel import destroy_parallel, init_parallel
@@ -58,13 +60,20 @@ class HostAndDevice(TorchFunctionMode):
 
 @contextlib.contextmanager
 def machine_for(options: dict[str, Any]) -> Iterator[None]:
-    """What optimizer offload needs of a machine, in one without a GPU and without TransformerEngine."""
+    """What optimizer offload needs of a machine, in one without a GPU and without TransformerEngine.
+
+    ``check_options`` is the real one: it is told that both are there.
+    """
     if not options.get("optimizer_cpu_offload"):
         yield
         return
-    actor_module.check_options = lambda *_: None  # type: ignore[assignment]
-    optimizer_config.is_te_min_version = lambda *_, **__: False
-    with HostAndDevice():
+    check = options_module.check_options
+    with (
+        mock.patch.object(actor_module, "check_options", lambda parallel, kind, _is_cuda: check(parallel, kind, True)),
+        mock.patch.object(options_module, "_installed", lambda module: module == "transformer_engine"),
+        mock.patch.object(optimizer_config, "is_te_min_version", return_value=False),
+        HostAndDevice(),
+    ):
         yield
 
 
@@ -168,14 +177,15 @@ def compare(
         found[case] = {"passes": plain["passes"], "moved": plain["moved"]}
         for variant, options in variants.items():
             folder = work_dir / f"{case}-{variant}"
-            got = train(path, folder, sizes | options, dtype, platform, saves=resumes)
+            saves = resumes and not FIXED.isdisjoint(options)
+            got = train(path, folder, sizes | options, dtype, platform, saves=saves)
             weights = [(plain["weights"][m], got["weights"][m]) for m in got["weights"]]
             found[f"{case}/{variant}"] = {
                 "numbers": max(map(distance, plain["numbers"], got["numbers"])),
                 "weights": max(float((a[n].float() - b[n].float()).abs().max()) for a, b in weights for n in a),
                 **{key: got[key] for key in ("whole", "buckets", "optimizer")},
             }
-            if resumes:
+            if saves:
                 fixed = {key: options[key] for key in options if key in FIXED}
                 resumed = resume(path, folder, sizes | fixed, dtype, platform)
                 found[f"{case}/{variant}"] |= {

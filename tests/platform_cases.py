@@ -9,9 +9,12 @@ from megatron_oreal.errors import UserError
 
 
 def fail_in_all_ways() -> list[dict[str, Any]]:
-    platform = platforms.init_distributed("cpu", 60)
-    answers = [_fail_on(ranks, platform) for ranks in ([], [1], [0, 1])]
-    platforms.shutdown_distributed()
+    """Each way in a process group of its own, which the ranks join and leave."""
+    answers = []
+    for ranks in ([], [1], [0, 1]):
+        platform = platforms.init_distributed("cpu", 60)
+        answers.append(_fail_on(ranks, platform))
+        platforms.shutdown_distributed()
     return answers
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +136,30 @@ class SharedServer:
         self._folder.cleanup()
 
 
+def processes() -> dict[int, str]:
+    """Every other process of the machine: its command line, and the files in shared memory that it maps."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                mapped = [word for word in (entry / "maps").read_text().split() if word.startswith("/dev/shm/")]
+                found[int(entry.name)] = " ".join([line, *mapped])
+    return found
+
+
 def left_over(before: Sequence[str]) -> list[str]:
-    """Shared-memory files and scratch directories of SGLang that were not there ``before``."""
-    found = [*Path("/dev/shm").glob("sgl*"), *Path(tempfile.gettempdir()).glob("oreal-sglang-*")]
-    return sorted({str(path) for path in found} - set(before))
+    """Shared-memory files and scratch directories of SGLang that were not there ``before``, and that nobody uses.
+
+    Other tests may run servers at the same time; theirs belong to living processes.
+    """
+    found = set(_files()) - set(before)
+    if found:
+        time.sleep(0.5)  # for one that is just being made, or removed
+        living = processes().values()
+        found = {path for path in found & set(_files()) if not any(path in text for text in living)}
+    return sorted(found)
+
+
+def _files() -> list[str]:
+    return [str(path) for path in [*Path("/dev/shm").glob("sgl*"), *Path(tempfile.gettempdir()).glob("oreal-sglang-*")]]

@@ -98,6 +98,20 @@ def test_only_the_first_of_two_fused_adams_is_active(packages, tmp_path, monkeyp
     assert found["fused Adam (apex)"] == "active"
 
 
+def test_what_only_transformer_engine_calls_is_idle_without_it(packages, tmp_path):
+    packages("flash_attn", "")
+    packages("flash_attn_2_cuda", "")
+    packages("fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32 = 1")
+    names = ("flash-attn", "fused weight gradient (apex)")
+    for body, status in (("raise ImportError('no')", "idle"), ("", "active")):
+        (tmp_path / "transformer_engine" / "pytorch").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "transformer_engine" / "pytorch" / "__init__.py").write_text(body)
+        found = {part.name: part for part in accelerators._third_party(has_cuda=True)}
+        for name in names:
+            assert (found[name].status, "nothing calls it" in found[name].detail) == (status, status == "idle")
+
+
+@pytest.mark.slow
 def test_the_kernels_row_follows_the_choice_that_training_makes(monkeypatch):
     monkeypatch.setenv("OREAL_KERNELS", "/nonexistent")
     assert part("loss kernels").status == "broken"

@@ -23,7 +23,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: actor_cases.make_model(name, folder) for name in actor_cases.MODELS}
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(1, TP1), (2, TP2), (2, PP2)], ids=["TP1", "TP2", "PP2"])
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [pytest.param(1, TP1, marks=pytest.mark.slow), (2, TP2), pytest.param(2, PP2, marks=pytest.mark.slow)],
+    ids=["TP1", "TP2", "PP2"],
+)
 def test_logps_equal_hugging_face_and_the_export_is_bit_identical(
     models: dict[str, Path], tmp_path: Path, world: int, parallel: dict[str, Any]
 ) -> None:
@@ -60,8 +64,11 @@ LAYOUTS = {
     "recompute": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
 }
 
+# CI runs those that the others are made of.
+IN_CI = ("VPP2", "DP2", "TP2-PP2-SP")
 
-@pytest.mark.parametrize("name", LAYOUTS)
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in IN_CI else [pytest.mark.slow]) for n in LAYOUTS])
 def test_losses_and_gradient_norms_do_not_depend_on_the_layout(
     name: str, models: dict[str, Path], one_rank: list[dict[str, float]], tmp_path: Path
 ) -> None:
@@ -76,6 +83,7 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_layout(
             assert ours[key] == pytest.approx(value, rel=2e-4, abs=1e-7), f"step {step}: {key}"
 
 
+@pytest.mark.slow
 def test_fewer_sequences_than_data_parallel_ranks_give_the_same_step(models: dict[str, Path], tmp_path: Path) -> None:
     arguments = {"path": models["llama"], "work_dir": tmp_path, "count": 1}
     alone = run_ranks("actor_cases:three_steps", 1, arguments | {"parallel": TP1})[0]
@@ -85,6 +93,7 @@ def test_fewer_sequences_than_data_parallel_ranks_give_the_same_step(models: dic
             assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-8), parallel
 
 
+@pytest.mark.slow
 def test_paper_mode_does_not_depend_on_the_layout(models: dict[str, Path], tmp_path: Path) -> None:
     arguments = {"path": models["qwen3"], "work_dir": tmp_path, "algorithm": {"mode": "paper"}}
     alone = run_ranks("actor_cases:three_steps", 1, arguments | {"parallel": TP1})[0]
@@ -104,7 +113,11 @@ def test_bf16_trains_with_fp32_gradients(models: dict[str, Path], tmp_path: Path
     assert rough[2]["entropy"] == pytest.approx(exact[2]["entropy"], rel=0.01)
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(1, TP1), (2, TP2), (2, PP2)], ids=["TP1", "TP2", "PP2"])
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [pytest.param(1, TP1, marks=pytest.mark.slow), pytest.param(2, TP2, marks=pytest.mark.slow), (2, PP2)],
+    ids=["TP1", "TP2", "PP2"],
+)
 def test_first_step_policy_equals_reference_and_engine_equals_actor(
     models: dict[str, Path], tmp_path: Path, world: int, parallel: dict[str, Any]
 ) -> None:
@@ -117,6 +130,7 @@ def test_first_step_policy_equals_reference_and_engine_equals_actor(
         assert 0 < result["engine_difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_two_weight_syncs_under_pp2_reach_the_engine(models: dict[str, Path], tmp_path: Path) -> None:
     arguments = {"path": models["qwen3-tied"], "work_dir": tmp_path, "parallel": PP2}
     assert run_ranks("actor_cases:two_syncs", 2, arguments) == [[True, True]] * 2
@@ -125,7 +139,9 @@ def test_two_weight_syncs_under_pp2_reach_the_engine(models: dict[str, Path], tm
 RESUMES = {"TP2": (2, TP2, {}), "VPP2-tied-bf16": (2, VPP2, {"dtype": "bf16"}), "DP2-bf16": (2, TP1, {"dtype": "bf16"})}
 
 
-@pytest.mark.parametrize("name", RESUMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "VPP2-tied-bf16" else [pytest.mark.slow]) for n in RESUMES]
+)
 def test_resuming_gives_the_same_bits(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     world, parallel, model = RESUMES[name]
     path = models["qwen2-tied"]

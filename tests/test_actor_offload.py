@@ -39,6 +39,18 @@ def test_views_survive_and_their_storage_is_empty_meanwhile() -> None:
     assert torch.equal(gradients, torch.zeros(5))
 
 
+def test_parts_that_are_put_out_leave_at_once_and_those_that_are_known_are_left_alone() -> None:
+    flat, other = torch.arange(6.0), torch.ones(3)
+    parts = {"a": Part([flat]), "b": Part([other])}
+    offloader = Offloader({}, ["a"])
+    offloader.put_out(parts)
+    assert offloader.away == {"a"}
+    assert flat.untyped_storage().nbytes() == 0 and torch.equal(other, torch.ones(3))
+    offloader.load("a")
+    offloader.put_out(parts)
+    assert not offloader.away and torch.equal(flat, torch.arange(6.0))
+
+
 def update_in_all_ways(path: Path, work_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """Every case without and with offloading: its results, weights and the bytes of its parts while they are away."""
     platform = init_distributed("cpu", 120)
@@ -49,8 +61,9 @@ def update_in_all_ways(path: Path, work_dir: Path) -> dict[str, list[dict[str, A
             config = actor_cases.make_config(path, work_dir, parallel | {"offload": names}, model={"dtype": dtype})
             grid = init_parallel(config.parallel, platform)
             actor = Actor(config, load_model_spec(path), grid, platform)
+            built = actor.offloader.away
             actor.load_hf()
-            answers[case].append(update_three_times(actor))
+            answers[case].append({"built": built, "loaded": actor.offloader.away} | update_three_times(actor))
             destroy_parallel()
     shutdown_distributed()
     return answers
@@ -86,6 +99,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dic
 def test_training_with_everything_offloaded_gives_the_same_bits(answers: list[dict[str, Any]], case: str) -> None:
     for rank in answers:
         stayed, moved = rank[case]
+        assert moved["built"] == moved["loaded"] == set(PARTS) and not stayed["built"]
         assert moved["results"] == stayed["results"]
         assert moved["results"][-1][0] > 0
         assert moved["weights"].keys() == stayed["weights"].keys()

@@ -84,6 +84,7 @@ def test_fewer_than_two_known_have_no_advantage_and_leave_under_every_filter(sha
 
 
 @pytest.mark.parametrize("shaping", ["rloo", "grpo"])
+@settings(deadline=None)
 @given(rewards=reward_matrices)
 def test_advantages_are_finite_sum_to_zero_and_ignore_unknown_members(shaping, rewards):
     got = advantages(rewards, shaping)
@@ -104,6 +105,7 @@ def test_rloo_equals_twice_the_rate_of_the_other_outcome_scaled_by_k_over_k_minu
     np.testing.assert_allclose(got[2:], -2 * p * k / (k - 1))
 
 
+@settings(deadline=None)
 @given(rewards=reward_matrices, seed=st.integers(0, 2**70), step=st.integers(0, 10**6))
 def test_pair_keeps_one_correct_and_one_wrong_of_each_mixed_group(rewards, seed, step):
     kept = select(rewards, filter="pair", run_seed=seed, step=step)
@@ -254,7 +256,7 @@ def test_learning_rate_of_a_run_within_its_warmup_is_linear(total):
     assert rates == [(i + 1) / 5 for i in range(total)]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     step=st.integers(0, 200),
     warmup=st.integers(0, 50),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ import yaml
 from megatron_oreal.algorithm import select
 from megatron_oreal.bench.flops import ModelFlops
 from megatron_oreal.bench.options import PARTS, BenchOptions
-from megatron_oreal.bench.workload import DrawnOutcomes, RandomWeights, SyntheticChat, Workload
+from megatron_oreal.bench.parts import _require_lengths
+from megatron_oreal.bench.run import _load_weights
+from megatron_oreal.bench.workload import DrawnOutcomes, RandomWeights, SyntheticChat, Workload, has_weights
 from megatron_oreal.cli import main
 from megatron_oreal.config import Config, VerifierConfig
 from megatron_oreal.config_load import parse_config
@@ -25,8 +29,9 @@ from megatron_oreal.data.lengths import parse_lengths
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.model_spec import load_model_spec
 from megatron_oreal.planner.devices import device_of_name
-from megatron_oreal.rollout.engine import Request, SamplingParams
+from megatron_oreal.rollout.engine import Completion, EngineError, Request, SamplingParams
 from megatron_oreal.rollout.sglang.client import generate_body
+from megatron_oreal.run import Run
 from megatron_oreal.verifier import Verifier
 from megatron_oreal.verifier.verdict import Verdict
 
@@ -134,7 +139,7 @@ def test_what_is_learned_is_what_oreal_keeps_of_the_drawn_outcomes(
     assert measured["parts"]["step"]["kept_sequences"] == [len(kept)] * REPEATS
     tokens = sum(PROMPT + int(workload.lengths[item.group, item.sample]) for item in kept)
     update = measured["parts"]["update"]
-    assert update["tokens"] == tokens
+    assert update["tokens"] == measured["workload"]["kept_tokens"] == tokens
     assert (
         update["balance"] == 1.0 and update["padding_share"] == 0.0
     )  # one data-parallel rank, no sequence parallelism
@@ -254,6 +259,25 @@ def test_the_verifier_works_and_the_drawn_outcome_is_what_counts(workload: Workl
     assert verdicts == {(0, 0): Verdict.CORRECT, (0, 1): Verdict.WRONG}
     assert own.verdict is Verdict.CORRECT  # by itself: the text really ends with the gold answer
     assert len(text) >= 200
+
+
+def test_a_response_of_another_length_ends_the_measurement() -> None:
+    three, none = (Completion(np.zeros(n, np.int32), np.zeros(n, np.float32), "length") for n in (3, 0))
+    _require_lengths([three, none], [3, 0])
+    with pytest.raises(EngineError, match=r"1 of 2 responses do not have the length .* \(1 of them aborted\)"):
+        _require_lengths([three, replace(none, finish_reason="abort")], [3, 4])
+
+
+def test_weights_are_random_only_where_there_are_none_on_any_node(folder: Path, tmp_path: Path) -> None:
+    config = read(folder)
+    assert not has_weights(config)
+    config.model.path = str(tmp_path)
+    (tmp_path / "model.safetensors.index.json").touch()  # of a download that is not complete: no reason to draw some
+    assert has_weights(config)
+    platform = SimpleNamespace(gather_objects=lambda own: [own, not own])
+    run = SimpleNamespace(config=config, platform=platform, actor=None)
+    with pytest.raises(UserError, match="has weights for rank 0 and none for rank 1: give every node"):
+        _load_weights(cast(Run, run))
 
 
 def test_random_weights_agree_wherever_two_ranks_hold_the_same_rectangle(folder: Path) -> None:

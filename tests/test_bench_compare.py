@@ -93,12 +93,23 @@ def test_the_table_says_whether_a_difference_exceeds_the_spread() -> None:
 
 
 def test_other_machines_and_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {"config": {"parallel": {"tensor_model_parallel_size": 4}}}
-    before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json", versions={"torch": "3"}, **config)
+    config: dict[str, Any] = {"config": {"parallel": {"tensor_model_parallel_size": 4}}}
+    before = write(tmp_path / "a.json", git_commit="abc", options={"warmup": 1})
+    work: dict[str, Any] = {"options": {"warmup": 0}, "parts": {"update": {"tokens": 9}}}
+    after = write(tmp_path / "b.json", versions={"torch": "3"}, git_commit="def", **config, **work)
     assert compare(before, after) == 0
     said = capsys.readouterr().out
+    assert f"A: {before}, commit abc" in said and f"B: {after}, commit def" in said
+    assert "differs: options.warmup: 1 -> 0" in said and "differs: parts.update.tokens: None -> 9" in said
+    assert "worse by more than 10%: none; measured under 4 differences" in said
+    assert compare(before, before) == 0 and "differ" not in capsys.readouterr().out
     assert "differs: versions.torch: 2 -> 3" in said
     assert "differs: config.parallel.tensor_model_parallel_size: None -> 4" in said
+
+
+def one_figure(**changes: Any) -> str:
+    """A result of one figure with wrong fields."""
+    return json.dumps({"format": 1, "figures": [figure("rate", "higher", RATE).as_record() | changes]})
 
 
 @pytest.mark.parametrize(
@@ -109,6 +120,12 @@ def test_other_machines_and_settings_are_named(tmp_path: Path, capsys: pytest.Ca
         ("[]", "not a result of megatron-oreal bench"),
         ('{"rows": []}', "not a result of megatron-oreal bench"),
         ('{"format": 1, "figures": [{"part": "step"}]}', "a figure is damaged (KeyError"),
+        (one_figure(better=["higher"]), "a figure is damaged (ValueError"),
+        (one_figure(name=3), "a figure is damaged (ValueError"),
+        (one_figure(values=[]), "step/rate has no finite values"),
+        (one_figure(values=["1"]), "step/rate has no finite values"),
+        (one_figure(values=[10**400]), "step/rate has no finite values"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ('{"format": 1, "figures": []}', "have no figure in common"),
     ],
 )

@@ -55,7 +55,7 @@ def test_a_case_for_one_gpu_is_a_valid_config_and_workload(case: str, tmp_path: 
     spec = load_model_spec(config.model.path)
     check_config(config, spec, world_size=1)
     work = Workload.draw(config, spec, BenchOptions(prompt_tokens=256))
-    assert work.kept(step=0) and max(work.kept_lengths(step=0)) <= config.rollout.gen_max_length
+    assert work.kept(work.first_step) and max(work.kept_lengths(work.first_step)) <= config.rollout.gen_max_length
     assert spec.num_layers == (14 if case == "7b_half" else 28)
     line = _parse(module.command(case, tmp_path, "embedded")[3:])
     assert read_options(line).repeats == 2

@@ -15,6 +15,7 @@ from megatron_oreal import cli as command_line
 from megatron_oreal.config_load import load_config, parse_config
 from megatron_oreal.errors import UserError
 from megatron_oreal.evaluate import evaluate_model
+from megatron_oreal.preflight import devices
 from megatron_oreal.run import open_run
 from megatron_oreal.sft import supervise
 
@@ -159,19 +160,21 @@ INPUTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", ["no prompts", "missing model", "stop word of two tokens"])
-def test_a_mistake_in_the_input_of_one_process(config: Path, tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize("case", list(INPUTS))
+def test_a_mistake_in_the_input_is_one_line_before_anything_is_written(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
     make, parts = INPUTS[case]
-    line = refused("train", config, *make(tmp_path))
+    assert command_line.main(["train", str(config), *make(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
     assert [part for part in parts if part not in line] == [], line
-    assert not (tmp_path / "run").exists(), "something was written before the input was checked"
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("case", ["malformed JSON", "stop word of two tokens"])
-def test_a_mistake_in_the_input_of_launched_ranks_is_said_once(config: Path, tmp_path: Path, case: str) -> None:
-    make, parts = INPUTS[case]
-    line = refused("train", config, "--nproc-per-node", 2, *make(tmp_path))
-    assert [part for part in parts if part not in line] == [], line
+def test_a_mistake_in_the_input_of_launched_ranks_is_said_once(config: Path, tmp_path: Path) -> None:
+    line = refused("train", config, "--nproc-per-node", 2, *malformed_line(tmp_path))
+    assert "bad.jsonl line 2: malformed JSON" in line
 
 
 def test_a_mistake_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> None:
@@ -212,6 +215,18 @@ def test_other_inputs_are_checked_before_a_model_is_built(config: Path, override
     assert [part for part in parts if part not in str(caught.value)] == [], caught.value
 
 
+def test_a_rank_beside_a_gpu_with_an_old_driver_does_not_train_on_a_cpu(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torchrun has started it, or nothing."""
+    monkeypatch.setattr(devices, "torch_says", lambda: "The NVIDIA driver on your system is too old")
+    monkeypatch.setattr(devices, "installed_driver", lambda: "470.86")
+    monkeypatch.setattr(devices.torch.version, "cuda", "12.8")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=r"^driver 470\.86: "), open_run(load_config(config, ["device=auto"])):
+        pytest.fail("the run was opened")
+
+
 def test_tensor_parallelism_that_does_not_divide_the_heads_starts_no_rank(tmp_path: Path) -> None:
     config = tiny.write_run(tmp_path, tiny.write_model(tmp_path / "model", heads=2, kv_heads=1))
     line = refused("train", config, "parallel.tensor_model_parallel_size=4", "--nproc-per-node", 4)
@@ -229,6 +244,7 @@ def test_a_phase_without_its_data(config: Path) -> None:
 
 
 def test_a_work_dir_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
+    """A process of its own, as far as training goes: nothing else is on its standard error."""
     (tmp_path / "file").write_text("")
     line = refused("train", config, f"work_dir={tmp_path / 'file' / 'run'}")
     assert line.startswith("work_dir: cannot write") and "Not a directory" in line

@@ -33,6 +33,26 @@ CONTRADICTIONS: dict[str, tuple[int, list[str], list[str]]] = {
         [*TP_OVERLAP, P + "tp_comm_overlap_options={bf16: true}"],
         ["tp_comm_overlap_options: bf16", "remove it"],
     ),
+    "tp-option-of-another-type": (
+        2,
+        [*TP_OVERLAP, P + "tp_comm_overlap_options={tp_comm_overlap_ag: sometimes}"],
+        ["tp_comm_overlap_ag='sometimes'", "use true or false"],
+    ),
+    "tp-bootstrap": (
+        2,
+        [*TP_OVERLAP, P + "tp_comm_overlap_options={tp_comm_bootstrap_backend: smoke}"],
+        ["tp_comm_bootstrap_backend='smoke'", "nccl, gloo, mpi"],
+    ),
+    "tp-unknown-gemm": (
+        2,
+        [*TP_OVERLAP, P + "tp_comm_overlap_cfg={qkv_fprp: {num_sm: 4}}"],
+        ["tp_comm_overlap_cfg: qkv_fprp", "qkv_fprop"],
+    ),
+    "fusion": (
+        1,
+        [P + "gradient_accumulation_fusion=maybe"],
+        ["parallel.gradient_accumulation_fusion='maybe': input should be 'auto', True or False"],
+    ),
     "cuda-graphs": (1, [P + "cuda_graph_impl=local"], ["cuda_graph_impl=local", "packed sequences", "none"]),
     "cpu-adam-alone": (
         1,
@@ -63,12 +83,7 @@ CONTRADICTIONS: dict[str, tuple[int, list[str], list[str]]] = {
         [P + "cpu_offloading_num_layers=2", P + "recompute_granularity=selective"],
         ["cpu_offloading_num_layers=2", "recompute_granularity=selective"],
     ),
-    "offloaded-modules": (1, [P + "offload_modules=[core_attn]"], ["fine_grained_activation_offloading"]),
-    "offloaded-projection": (
-        1,
-        [P + "fine_grained_activation_offloading=true", P + "offload_modules=[attn_proj]"],
-        ["attn_proj", "add core_attn"],
-    ),
+    "fraction-alone": (1, [P + "optimizer_offload_fraction=0.5"], ["optimizer_cpu_offload=true"]),
 }
 
 
@@ -84,10 +99,10 @@ def test_a_contradiction_names_the_keys_and_the_mend(tmp_path: Path, case: str) 
     [
         [*GRADIENTS, P + "overlap_param_gather=true", P + "ddp_bucket_size=1000000"],
         [*TP_OVERLAP, P + "tp_comm_overlap_options={tp_comm_overlap_rs_dgrad: true}"],
+        [*TP_OVERLAP, P + "tp_comm_overlap_cfg={fc2_fprop: {num_sm: 4}, qkv_wgrad: {method: bulk}}"],
         [P + "optimizer_cpu_offload=true", P + "optimizer_offload_fraction=0.5"],
         [P + "use_precision_aware_optimizer=true", P + "exp_avg_dtype=bf16", P + "exp_avg_sq_dtype=bf16"],
         [P + "recompute_granularity=selective", P + "recompute_modules=[core_attn, mlp]"],
-        [P + "fine_grained_activation_offloading=true", P + "offload_modules=[core_attn, attn_proj]"],
     ],
 )
 def test_options_that_go_together_are_accepted(tmp_path: Path, overrides: list[str]) -> None:

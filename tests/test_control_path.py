@@ -116,6 +116,12 @@ def test_a_schedule_asks_for_each_request_once(control) -> None:
     assert (few, many) == (2048, 16384)
 
 
+def test_the_schedule_does_not_look_at_every_engine_for_every_request(control) -> None:
+    parts = importlib.import_module("control_parts")
+    for engines in (8, 128, 1024):
+        assert parts.schedule_steps(engines, 4096)["looks"] < 10 * 4096
+
+
 def test_the_table_in_the_docs_is_that_of_the_result_file() -> None:
     parts = importlib.import_module("control_parts")
     report = json.loads((ROOT / "benchmarks/results/control_path.json").read_text())

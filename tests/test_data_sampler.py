@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_oreal.config import DataConfig
@@ -37,6 +37,7 @@ def test_a_malformed_bucket_is_refused(bucket):
         resample_by_pass_rate(prompts(1), [bucket])
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 30), sizes=st.lists(st.integers(0, 70), min_size=1, max_size=8), seed=st.integers(0, 2**64))
 def test_every_epoch_is_a_permutation_whatever_the_batch_sizes(n, sizes, seed):
     order = PromptOrder(prompts(n), seed)
@@ -47,6 +48,7 @@ def test_every_epoch_is_a_permutation_whatever_the_batch_sizes(n, sizes, seed):
     assert (order.epoch, order.position) == divmod(len(drawn), n)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 20), sizes=st.lists(st.integers(0, 50), min_size=2, max_size=6), cut=st.integers(0, 5))
 def test_a_restored_order_continues_exactly(n, sizes, cut):
     cut = min(cut, len(sizes))

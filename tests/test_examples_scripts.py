@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,7 +21,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+from torch.distributed.run import get_args_parser
 
+from megatron_oreal import cli
 from megatron_oreal.config_load import load_config
 from megatron_oreal.layout.model_spec import load_model_spec
 from megatron_oreal.preflight.storage import checkpoint_bytes
@@ -154,6 +157,46 @@ def test_the_named_runs_are_their_configs_on_their_nodes(name: str, config: str,
         f"python3 -m megatron_oreal train {path} total_steps=40 {where}",
     ]
     assert load_config(path).model.path.startswith("models/OREAL-")
+
+
+def parsed(line: str) -> tuple[str, str, list[str], int, int, int, str, int]:
+    """What the command line or torchrun's own parser makes of a printed command: command, config, overrides, ranks."""
+    words = shlex.split(line)
+    at = words.index("megatron_oreal") + 1
+    ours = cli._parse(words[at:])
+    ranks = ours
+    if "torch.distributed.run" in words:
+        ranks = get_args_parser().parse_args(words[words.index("torch.distributed.run") + 1 :])
+        assert ranks.module and ranks.training_script == "megatron_oreal"
+    nproc, nnodes = int(ranks.nproc_per_node), int(ranks.nnodes)
+    where = (int(ranks.node_rank), ranks.master_addr, int(ranks.master_port))
+    return ours.command, ours.config, ours.overrides, nnodes, nproc, *where
+
+
+def test_what_is_printed_means_the_same_to_the_programs_that_read_it(tmp_path: Path) -> None:
+    config = "examples/configs/oreal_7b.yaml"
+    overrides = ["total_steps=3", 'verifier.hosts=["10.0.0.5:10003"]']
+    run = [*overrides, "--join-timeout", 60]
+    where = ["--node-rank", 1, "--master-addr", "node0", "--master-port", 1234]
+    found = [parsed(line) for line in printed("train_one_node", config, *overrides, "--nproc-per-node", 8)]
+    assert found == [(name, config, overrides, 1, 8, 0, "localhost", 29500) for name in ("check", "train")]
+    for launcher in ("megatron-oreal", "torchrun"):
+        lines = printed("oreal_7b_32gpu", *run, *where, "--launcher", launcher)
+        expected = [
+            (name, f"{EXAMPLES}/configs/oreal_7b.yaml", overrides, 4, 8, 1, "node0", 1234)
+            for name in ("check", "train")
+        ]
+        assert [parsed(line) for line in lines] == expected
+    write_program(tmp_path / "scontrol", "#!/bin/bash\nprintf '%s\\n' gpu07 gpu08\n")
+    job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_NUM_NODES": "2"}
+    (srun,) = printed("slurm_train", config, *run, "--nproc-per-node", 8, env=job, path=tmp_path)
+    task = shlex.split(srun)[shlex.split(srun).index("bash") :]
+    env = environment({"SLURM_NODEID": "1"})
+    done = subprocess.run(
+        [*task, "--dry-run"], env=env, cwd=tiny.REPOSITORY, capture_output=True, text=True, check=True
+    )
+    expected = [(name, config, overrides, 2, 8, 1, "gpu07", 23456) for name in ("check", "train")]
+    assert [parsed(line) for line in done.stdout.splitlines()] == expected
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ The twins' parallel structure, algorithm, optimizer, sampling, recomputation and
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import config_twins
@@ -20,8 +22,15 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from megatron_oreal.algorithm import learning_rate
 from megatron_oreal.telemetry import names
 
-RESUMED = "oreal_32b"
-"""All parts offloaded, some layers recomputed: the twin with the most to lose on the way through a checkpoint."""
+LAUNCHES = (
+    ("oreal_7b", "oreal_32b"),
+    ("oreal_deepseek_distill_7b", "oreal_7b_without_reward_model", "oreal_7b_one_node"),
+    ("oreal_1.5b_one_gpu",),
+)
+"""Twins that train one after the other in one ``torchrun`` launch; all but the first launch are slow."""
+ALL = [pytest.param(name, marks=[pytest.mark.slow] if group else []) for group, n in enumerate(LAUNCHES) for name in n]
+OFFLOADED = "oreal_32b"
+"""Optimizer, reward model and reference wait in host memory: the most to lose on the way through a checkpoint."""
 
 
 def prepare(name: str, folder: Path) -> Path:
@@ -32,20 +41,24 @@ def prepare(name: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of each config's twin: ``model``, and ``run`` after two steps; of one ``again``, resumed after one."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a config's twin: ``model``, and ``run`` after two steps. A launch starts when a test needs it."""
     root = tmp_path_factory.mktemp("twins")
-    jobs = []
-    for name in MACHINES:
-        folder = prepare(name, root / name)
-        saved = ["checkpoint.every=1"] if name == RESUMED else []
-        jobs.append(Job(name, [*config_twins.overrides(name, folder), *saved]))
-    run = root / RESUMED / "run"
-    straight = next(job for job in jobs if job.name == RESUMED).overrides
-    again = [*straight, f"work_dir={run.with_name('again')}"]
-    jobs.append(Job(RESUMED, again, resume_from=str(run / "checkpoints" / "step_000001")))
-    config_twins.train_twins(jobs, root / "launch")
-    return root
+
+    @functools.cache
+    def launch(group: tuple[str, ...]) -> None:
+        folders = {name: prepare(name, root / name) for name in group}
+        config_twins.train_twins([Job(name, config_twins.overrides(name, path)) for name, path in folders.items()])
+
+    def folder(name: str) -> Path:
+        launch(next(group for group in LAUNCHES if name in group))
+        return root / name
+
+    return folder
+
+
+def test_every_config_has_a_twin_that_trains() -> None:
+    assert sorted(name for group in LAUNCHES for name in group) == sorted(MACHINES)
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -79,9 +92,11 @@ def test_a_twin_differs_from_its_config_in_sizes_lengths_paths_and_engine_alone(
     assert changed <= paths | lengths | sizes | engine
 
 
-@pytest.mark.parametrize("name", MACHINES)
-def test_a_twin_trains_two_steps_with_finite_losses_and_documented_metrics(trained: Path, name: str) -> None:
-    records = tiny.metrics_of(trained / name / "run")
+@pytest.mark.parametrize("name", ALL)
+def test_a_twin_trains_two_steps_with_finite_losses_and_documented_metrics(
+    trained: Callable[[str], Path], name: str
+) -> None:
+    records = tiny.metrics_of(trained(name) / "run")
     assert [record["step"] for record in records] == list(range(STEPS))
     for record in records:
         assert all(math.isfinite(value) for value in record.values())
@@ -92,16 +107,17 @@ def test_a_twin_trains_two_steps_with_finite_losses_and_documented_metrics(train
     assert records[0][names.KL_TO_REFERENCE] == 0.0
 
 
-@pytest.mark.parametrize("name", MACHINES)
-def test_both_models_of_a_twin_learn_at_the_rates_of_its_config(trained: Path, name: str) -> None:
-    first, second = tiny.metrics_of(trained / name / "run")
+@pytest.mark.parametrize("name", ALL)
+def test_both_models_of_a_twin_learn_at_the_rates_of_its_config(trained: Callable[[str], Path], name: str) -> None:
+    folder = trained(name)
+    first, second = tiny.metrics_of(folder / "run")
     real = real_config(name)
     schedule = {"warmup_steps": real.optimizer.warmup_steps, "total_steps": STEPS}
     rate = learning_rate(1, base=real.optimizer.actor_lr, minimum=real.optimizer.actor_min_lr, **schedule)
     assert second[names.LR_POLICY] == rate == 1e-7  # two of ten steps of the warm-up to 5e-7
     assert second[names.GRAD_NORM_POLICY] > 0
-    before = load_file(trained / name / "model" / "model.safetensors")
-    after = load_file(trained / name / "run" / "hf" / "model.safetensors")
+    before = load_file(folder / "model" / "model.safetensors")
+    after = load_file(folder / "run" / "hf" / "model.safetensors")
     assert before.keys() == after.keys()
     # bf16 weights move where 1e-7 crosses a rounding boundary, biases, which begin at zero, at once.
     assert all(not torch.equal(before[key], after[key]) for key in before if key.endswith("v_proj.bias"))
@@ -127,8 +143,14 @@ def masters(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
     return wanted
 
 
-def test_a_resumed_twin_repeats_metrics_and_weights_bit_for_bit(trained: Path) -> None:
-    run, again = (trained / RESUMED / name for name in ("run", "again"))
+@pytest.mark.slow
+def test_a_resumed_twin_repeats_metrics_and_weights_bit_for_bit(tmp_path: Path) -> None:
+    folder = prepare(OFFLOADED, tmp_path / OFFLOADED)
+    run, again = folder / "run", folder / "again"
+    changes = [*config_twins.overrides(OFFLOADED, folder), "checkpoint.every=1"]
+    resumed_at = str(run / "checkpoints" / "step_000001")
+    jobs = [Job(OFFLOADED, changes), Job(OFFLOADED, [*changes, f"work_dir={again}"], resume_from=resumed_at)]
+    config_twins.train_twins(jobs)
     timed = (names.TIME, "throughput/", names.PUBLISH_DIGEST_SHARE)
 
     def untimed(record: dict[str, float]) -> dict[str, float]:
@@ -151,9 +173,9 @@ def test_a_resumed_twin_repeats_metrics_and_weights_bit_for_bit(trained: Path) -
 @pytest.mark.timeout(1200)
 def test_a_twin_trains_beside_sglang_servers_as_large_as_its_tensor_parallel_groups(tmp_path: Path) -> None:
     before = left_over([])
-    folder = prepare(RESUMED, tmp_path / RESUMED)
-    job = Job(RESUMED, config_twins.overrides(RESUMED, folder, engine="sglang"))
-    config_twins.train_twins([job], tmp_path / "launch", timeout_s=1100)
+    folder = prepare(OFFLOADED, tmp_path / OFFLOADED)
+    job = Job(OFFLOADED, config_twins.overrides(OFFLOADED, folder, engine="sglang"))
+    config_twins.train_twins([job], timeout_s=1100)
     records = tiny.metrics_of(folder / "run")
     assert [record["step"] for record in records] == list(range(STEPS))
     assert len(list((folder / "run" / "sglang").glob("engine*.json"))) == 2

@@ -160,7 +160,7 @@ NO_SGLANG = "SGLang is not installed: bash tests/setup_sglang.sh"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason=NO_SGLANG)
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_parameters_loaded_by_sglangs_own_models_are_the_layouts(device: str) -> None:
     """Builds SGLang's models rank by rank and loads HF weights into them through their ``load_weights``.
 

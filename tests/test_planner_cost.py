@@ -19,6 +19,7 @@ from megatron_oreal.planner.assumptions import Assumptions, parse_assumptions
 from megatron_oreal.planner.calibration import calibrate, solve_efficiency
 from megatron_oreal.planner.cost import PUBLISHED_STEP_S, CostModel, Workload
 from megatron_oreal.planner.devices import DEVICES, device_of_name, find_device
+from megatron_oreal.planner.memory import quick_memory
 from megatron_oreal.planner.pipeline import Op, pipeline_time, stage_ops
 from megatron_oreal.planner.placement import place
 from megatron_oreal.planner.rollout_model import EngineSpeed, simulate_rollout
@@ -245,8 +246,19 @@ def test_gradients_travel_over_the_network_only_between_nodes() -> None:
     between = update_of(setting_of(QWEN_7B, 16, tp=8), [2000] * 8)
     network = H100.network * ASSUMED.network_efficiency
     assert between.policy().dp_s == pytest.approx(params / 8 * 1 / 2 * 6 / network, rel=1e-3)
-    hidden = update_of(setting_of(QWEN_7B, 16, tp=8, parallel={"overlap_grad_reduce": True}), [16000] * 32)
-    assert hidden.policy().dp_s < between.policy().dp_s
+
+
+def test_an_overlap_hides_what_it_overlaps_and_nothing_else() -> None:
+    """2 bytes a parameter, the gathered weights, stay in sight until their own overlap; the policy's always do."""
+    reduced = {"overlap_grad_reduce": True}
+    weights = QWEN_7B.num_parameters() / 8 / 2 * 2 / (H100.network * ASSUMED.network_efficiency)
+    update = update_of(setting_of(QWEN_7B, 16, tp=8, parallel=reduced), [16000] * 32)
+    assert update.policy().dp_s == pytest.approx(weights, rel=1e-3)
+    assert 0.9 * weights < update.reward_model().dp_s < weights  # no vocabulary head
+    gathered = {"overlap_param_gather": True}
+    update = update_of(setting_of(QWEN_7B, 16, tp=8, parallel=reduced | gathered), [16000] * 32)
+    assert update.policy().dp_s == pytest.approx(weights, rel=1e-3)
+    assert update.reward_model().dp_s == 0
 
 
 # A whole step
@@ -289,6 +301,21 @@ def test_the_published_step_is_between_the_model_and_a_static_batch_in_eager_mod
     assert PUBLISHED_STEP_S / 10 < cost.seconds < PUBLISHED_STEP_S
     static = EngineSpeed.of(QWEN_7B, 4, 2, A100, ASSUMED).steps_s(128, 128 * 700, 14000)
     assert cost.rollout.seconds < static < PUBLISHED_STEP_S
+
+
+def test_the_cache_is_reported_whole_and_simulated_as_far_as_it_is_of_use() -> None:
+    setting = setting_of(QWEN_7B, 32, tp=4, engine_tp=4, memory_gib=79.1, sglang={"mem_fraction_static": 0.6})
+    placement, found = place(setting), quick_memory(setting)
+    model = CostModel(H100, ASSUMED, Workload.draw(setting, LengthDistribution.fixed(50), ASSUMED))
+    tokens = model.cache_tokens(setting, placement, found)
+    assert tokens == found.phase("generate").live["KV cache"] // (28 * 2 * 1 * 128 * 2)
+    useful = setting.config.rollout.max_running_requests * setting.config.rollout.gen_max_length
+    assert model.rollout(setting, placement, found).cache_tokens == min(useful, tokens // 1000 * 1000)
+    few = setting_of(
+        QWEN_7B, 32, tp=4, engine_tp=4, memory_gib=79.1, sglang=setting.config.rollout.sglang,
+        rollout={"max_running_requests": 8},
+    )  # fmt: skip
+    assert model.rollout(few, placement, found).cache_tokens == 8 * 16384 < tokens
 
 
 def test_offloaded_parts_cost_their_bytes_twice_over_pcie() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from dist import run_ranks
-from planner_memory_cases import CASES, CI_CASES, PROMPT, Case, small_spec
+from planner_memory_cases import BLIND_CASES, CASES, CI_CASES, PROMPT, Case, small_spec
 
 from megatron_oreal.config_load import parse_config
 from megatron_oreal.layout import ModelSpec, RopeSpec, megatron_layout, pipeline_layer_split
+from megatron_oreal.layout.digest import _CHUNK_ELEMENTS
 from megatron_oreal.layout.megatron import padded_vocab_size
 from megatron_oreal.planner import (
     Setting,
@@ -26,11 +29,17 @@ from megatron_oreal.planner import (
     quick_rank_memory,
     rank_memory,
 )
-from megatron_oreal.planner.activations import in_flight
+from megatron_oreal.planner.activations import in_flight, layer_bytes
+from megatron_oreal.planner.engine import DIGEST_CHUNK_ELEMENTS
 from megatron_oreal.planner.memory import grid_of
+from megatron_oreal.planner.types import RankMemory
 from megatron_oreal.planner.update import simulate_update
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import plan_memory as benchmark  # noqa: E402
+
 RESULT = ROOT / "benchmarks" / "results" / "plan_memory.json"
 QWEN_7B = ModelSpec("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 32768, 1e-6, False, True, False, RopeSpec(1e6))
 QWEN_32B = ModelSpec("qwen2", 64, 5120, 27648, 40, 8, 128, 152064, 32768, 1e-6, False, True, False, RopeSpec(1e6))
@@ -95,8 +104,12 @@ def test_the_distinct_ranks_hold_the_whole_model_once(shape, sizes):
 
 @pytest.mark.parametrize(
     ("spec", "tp", "pp", "world"),
-    [(QWEN_7B, 4, 1, 32), (QWEN_32B, 8, 1, 128), (QWEN_32B, 8, 2, 128), (QWEN_32B, 4, 4, 128)],
-    ids=["7B TP4 x 32", "32B TP8 PP1 x 128", "32B TP8 PP2 x 128", "32B TP4 PP4 x 128"],
+    [
+        pytest.param(QWEN_7B, 4, 1, 32, id="7B TP4 x 32"),
+        pytest.param(QWEN_32B, 8, 1, 128, id="32B TP8 PP1 x 128"),
+        pytest.param(QWEN_32B, 8, 2, 128, id="32B TP8 PP2 x 128", marks=pytest.mark.slow),
+        pytest.param(QWEN_32B, 4, 4, 128, id="32B TP4 PP4 x 128", marks=pytest.mark.slow),
+    ],
 )
 def test_the_modules_of_production_sizes_have_the_layouts_shapes(spec, tp, pp, world):
     setting = production(spec, tp, pp, world)
@@ -135,7 +148,7 @@ DEPTHS = [
     ("bf16", {}, {}),
     ("fp32", {}, {}),
     ("bf16", TP2_SP, {}),
-    ("bf16", {"tensor_model_parallel_size": 2}, {"num_key_value_heads": 8}),
+    pytest.param("bf16", {"tensor_model_parallel_size": 2}, {"num_key_value_heads": 8}, marks=pytest.mark.slow),
     ("bf16", {}, {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32}),
 ]
 
@@ -159,18 +172,21 @@ def test_a_further_torch_native_layer_costs_what_the_formula_says(dtype, sizes, 
 
 
 @pytest.mark.parametrize(
-    ("sizes", "world"),
+    ("sizes", "world", "share"),
     [
-        (parallel(2, 1, sequence_parallel=True), 2),
-        (parallel(1, 2), 2),
-        (parallel(2, 2, sequence_parallel=True), 4),
-        (parallel(1, 2, virtual_pipeline_model_parallel_size=2), 2),
-        (parallel(2, 1, sequence_parallel=True) | FULL, 2),
-        (parallel(1, 1, loss_chunk_tokens=2048), 1),
+        pytest.param(parallel(2, 1, sequence_parallel=True), 2, 0.05, marks=pytest.mark.slow),
+        pytest.param(parallel(1, 2), 2, 0.05, marks=pytest.mark.slow),
+        pytest.param(parallel(2, 2, sequence_parallel=True), 4, 0.05),
+        pytest.param(parallel(1, 2, virtual_pipeline_model_parallel_size=2), 2, 0.07),
+        pytest.param(parallel(2, 1, sequence_parallel=True) | FULL, 2, 0.05),
+        pytest.param(parallel(1, 1, loss_chunk_tokens=2048), 1, 0.05, marks=pytest.mark.slow),
     ],
 )
-def test_closed_forms_of_activations_are_near_the_counted_ones(sizes, world):
-    """At widths of a 1.5B model and full micro-batches, where what the formulas leave out is small."""
+def test_closed_forms_of_activations_are_near_the_counted_ones(sizes, world, share):
+    """At widths of a 1.5B model and full micro-batches, where what the formulas leave out is small.
+
+    That is more in the interleaved schedule: the last stage holds hidden states that were sent and received.
+    """
     shape = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "vocab_size": 8000}
     case = Case("", world, sizes, shape=shape, max_length=4096)
     setting = case.setting(lengths=None, prompt_tokens=200)
@@ -181,8 +197,8 @@ def test_closed_forms_of_activations_are_near_the_counted_ones(sizes, world):
                 each.phase(phase).live["activations"] + each.phase(phase).live.get("logits and loss", 0)
                 for each in (exact, quick)
             )
-            assert closed == pytest.approx(real, rel=0.05), (rank, phase)
-        assert quick.peak.total == pytest.approx(exact.peak.total, rel=0.03)
+            assert closed == pytest.approx(real, rel=share), (rank, phase)
+        assert quick.peak.total == pytest.approx(exact.peak.total, rel=share - 0.02)
 
 
 def test_stages_hold_the_micro_batches_of_megatrons_schedules():
@@ -193,46 +209,63 @@ def test_stages_hold_the_micro_batches_of_megatrons_schedules():
     assert [in_flight(interleaved, stage, 4) for stage in range(2)] == [5, 3]
 
 
-def within(measured: dict[str, int], predicted: dict[str, int | None], share: float) -> None:
-    """Every phase of a rank, and so its peak."""
-    compared = {name: total / measured[name] for name, total in predicted.items() if total is not None}
-    assert {"start", "generate", "reference", "policy", "publish"} <= set(compared)
-    assert all(abs(ratio - 1) <= share for ratio in compared.values()), compared
+@pytest.fixture(scope="module")
+def measured_in_ci() -> dict[str, list[dict[str, int]]]:
+    """Bytes by phase of every rank of the cases that take seconds, one launch for all."""
+    cases = list(CI_CASES.values())
+    ranks = run_ranks("planner_memory_cases:measure", cases[0].world_size, {"cases": cases})
+    return {case.name: [measured[index] for measured in ranks] for index, case in enumerate(cases)}
+
+
+@functools.cache
+def exact(name: str, rank: int) -> RankMemory:
+    """The planner's word on a CI case."""
+    return rank_memory(CI_CASES[name].setting(), rank)
 
 
 @pytest.mark.parametrize("name", list(CI_CASES))
-def test_real_ranks_hold_what_was_predicted(name):
-    case = CI_CASES[name]
-    for rank, measured in enumerate(run_ranks("planner_memory_cases:measure", case.world_size, {"case": case})):
-        exact = rank_memory(case.setting(), rank)
-        phases = {each.name: each.total for each in exact.phases}
-        training = {name: size for name, size in measured.items() if name not in ("generate", "publish")}
-        assert all(phases[name] == pytest.approx(size, rel=0.02) for name, size in training.items()), (phases, measured)
-        within(measured, {name: phases[name] for name in measured}, 0.15)
-        assert exact.peak.total == pytest.approx(max(measured.values()), rel=0.1)
+def test_real_ranks_hold_what_was_predicted(name, measured_in_ci):
+    """Training within 2 %, also where the policy's update is not the peak; the other phases are modelled in part."""
+    for rank, measured in enumerate(measured_in_ci[name]):
+        planned = exact(name, rank)
+        phases = {each.name: each.total for each in planned.phases}
+        assert set(phases) <= set(measured), "every phase that is planned is measured"
+        rest = ("generate", "publish", "checkpoint")
+        training = {phase: size for phase, size in measured.items() if phase not in rest}
+        ratios = {phase: phases[phase] / size for phase, size in training.items()}
+        assert all(abs(ratio - 1) <= 0.02 for ratio in ratios.values()), ratios
+        assert all(phases[phase] == pytest.approx(measured[phase], rel=0.15) for phase in rest)
+        assert planned.peak.total == pytest.approx(max(measured.values()), rel=0.02)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", list(CASES | BLIND_CASES))
 def test_the_benchmarks_settings_are_within_ten_percent(name):
-    case = CASES[name]
-    for rank, measured in enumerate(run_ranks("planner_memory_cases:measure", case.world_size, {"case": case})):
-        exact = {each.name: each.total for each in rank_memory(case.setting(), rank).phases}
-        assert max(exact[name] for name in measured) == pytest.approx(max(measured.values()), rel=0.1)
+    case = (CASES | BLIND_CASES)[name]
+    ranks = run_ranks("planner_memory_cases:measure", case.world_size, {"cases": [case]}, timeout_s=1200)
+    for rank, (measured,) in enumerate(ranks):
+        planned = {each.name: each.total for each in rank_memory(case.setting(), rank).phases}
+        assert max(planned[name] for name in measured) == pytest.approx(max(measured.values()), rel=0.1)
 
 
 def test_the_committed_comparison_is_within_ten_percent_and_is_the_documented_one():
     rows = json.loads(RESULT.read_text())["rows"]
-    assert {row["setting"] for row in rows} == set(CASES)
-    assert len(rows) == 2 * len(CASES)
+    cases = CASES | BLIND_CASES
+    assert [(row["setting"], row["rank"]) for row in rows] == [
+        (name, rank) for name, case in cases.items() for rank in range(case.world_size)
+    ]
+    assert {row["setting"] for row in rows if "predicted_before" in row} == set(BLIND_CASES)
     for row in rows:
         assert row["measured_peak"] == max(row["measured"].values())
         assert row["exact_peak"] == pytest.approx(row["measured_peak"], rel=0.1)
-        assert row["quick_peak"] == pytest.approx(row["measured_peak"], rel=0.1)
+        # Of torch-native layers the closed forms leave selective recomputation out: an upper bound.
+        over = 1.3 if cases[row["setting"]].parallel.get("recompute_granularity") == "selective" else 1.1
+        assert 0.9 <= row["quick_peak"] / row["measured_peak"] <= over
+        before = row.get("predicted_before", row)
+        assert before["exact_peak"] == pytest.approx(row["measured_peak"], rel=0.1)
     text = (ROOT / "docs" / "planner_memory.md").read_text()
-    for row in rows:
-        line = f"| {row['setting']} | {row['rank']} | "
-        assert f"{row['measured_peak'] / 2**20:.2f} " in next(each for each in text.splitlines() if line in each)
+    documented = text.split(benchmark.BEGIN)[1].split(benchmark.END)[0].strip()
+    assert documented == benchmark.table(rows)
 
 
 def test_the_planner_still_predicts_what_the_result_file_says():
@@ -251,7 +284,14 @@ def test_offloaded_parts_are_there_only_in_their_phases():
     assert "policy parameters" not in offloaded.phase("generate").live
     assert {"reward model optimizer", "reward model gradients"} <= set(offloaded.phase("reward_model").live)
     assert {"policy parameters", "policy optimizer"} <= set(offloaded.phase("policy").live)
-    assert set(offloaded.static) <= set(offloaded.phase("start").live)
+    stays = quick_rank_memory(replace(case, parallel=FULL).setting(), 0).phase("start")
+    assert set(offloaded.static) <= set(stays.live)
+    # One model after the other: the policy, which has the vocabulary head, takes most.
+    start = offloaded.phase("start").live
+    assert {"policy parameters", "policy gradients", "policy optimizer", "model building"} >= set(start) - {
+        "engine weights"
+    }
+    assert offloaded.phase("start").total < stays.total
     assert offloaded.host["policy optimizer"] == offloaded.static["policy optimizer"]
     assert "policy gradients" not in offloaded.host
 
@@ -290,11 +330,12 @@ def test_a_search_can_ask_hundreds_of_settings():
 
 def test_simulation_leaves_no_process_group_behind_and_repeats():
     setting = CI_CASES["TP2, SP"].setting()
-    first = memory(setting)
+    first = exact("TP2, SP", 0)
     assert not dist.is_initialized()
     assert torch.zeros(1).device.type == "cpu"
-    assert [each.phases for each in memory(setting)] == [each.phases for each in first]
-    assert [each.rank for each in first] == distinct_ranks(setting) == [0]
+    again = memory(setting)
+    assert [each.phases for each in again] == [first.phases]
+    assert [each.rank for each in again] == distinct_ranks(setting) == [0]
 
 
 @pytest.mark.slow
@@ -306,6 +347,23 @@ def test_a_process_with_a_group_of_its_own_plans_in_another():
         assert memory(setting) == expected
     finally:
         dist.destroy_process_group()
+
+
+def test_digests_are_planned_for_the_chunks_that_they_are_taken_in():
+    assert DIGEST_CHUNK_ELEMENTS == _CHUNK_ELEMENTS
+
+
+def test_selective_recomputation_of_the_mlp_keeps_its_input_alone():
+    base = production(QWEN_32B, 8, 1, 128)
+
+    def saved(**changes: Any) -> float:
+        return layer_bytes(production(QWEN_32B, 8, 1, 128, **changes), 16384).saved
+
+    s, f, heads = 16384 // 8, 27648 // 8, 40 // 8
+    selective = {"recompute_granularity": "selective"}
+    assert layer_bytes(base, 16384).saved - saved(**selective) == 4 * 16384 * heads
+    mlp = 2 * s * 5120 + 4 * s + 2 * 16384 * 3 * f
+    assert layer_bytes(base, 16384).saved - saved(**selective, recompute_modules=["mlp"]) == mlp
 
 
 def test_worst_case_needs_at_least_what_any_lengths_need():

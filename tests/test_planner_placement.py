@@ -13,7 +13,7 @@ from planner_cases import QWEN_7B, QWEN_32B, TINY, setting_of
 
 from megatron_oreal.config_load import load_config
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout import Layout, load_model_spec
+from megatron_oreal.layout import Layout, ModelSpec, load_model_spec
 from megatron_oreal.planner import placement_check
 from megatron_oreal.planner.assumptions import Assumptions
 from megatron_oreal.planner.devices import DEVICES
@@ -204,22 +204,27 @@ def test_traffic_is_that_of_the_committed_plans() -> None:
     assert compared == 5
 
 
-def test_the_quick_estimate_of_traffic_is_near_the_plans() -> None:
-    """Searches rank settings by it: the seconds must be right to a few tenths of a step's hundred."""
-    assumed, gpu = Assumptions(), DEVICES["h100"]
-    for spec, world, tp, pp, engine_tp in (
+@pytest.mark.parametrize(
+    ("spec", "world", "tp", "pp", "engine_tp"),
+    [
         (QWEN_7B, 32, 4, 1, 1),
         (QWEN_7B, 32, 4, 1, 4),
         (QWEN_7B, 32, 2, 2, 4),
-        (QWEN_32B, 64, 8, 2, 8),
-        (QWEN_32B, 64, 4, 4, 8),
-        (QWEN_32B, 64, 8, 1, 4),
-    ):
-        setting = setting_of(spec, world, tp=tp, pp=pp, engine_tp=engine_tp)
-        exact = reshard_traffic(setting, place(setting), gpu, assumed)
-        quick = quick_traffic(setting, place(setting), gpu, assumed)
-        assert abs(exact.seconds - quick.seconds) < 0.5, (tp, pp, engine_tp)
-        assert exact.nothing_moves == quick.nothing_moves, (tp, pp, engine_tp)
+        pytest.param(QWEN_32B, 64, 8, 2, 8, marks=pytest.mark.slow),
+        pytest.param(QWEN_32B, 64, 4, 4, 8, marks=pytest.mark.slow),
+        pytest.param(QWEN_32B, 64, 8, 1, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_the_quick_estimate_of_traffic_is_near_the_plans(
+    spec: ModelSpec, world: int, tp: int, pp: int, engine_tp: int
+) -> None:
+    """Searches rank settings by it: the seconds must be right to a few tenths of a step's hundred."""
+    assumed, gpu = Assumptions(), DEVICES["h100"]
+    setting = setting_of(spec, world, tp=tp, pp=pp, engine_tp=engine_tp)
+    exact = reshard_traffic(setting, place(setting), gpu, assumed)
+    quick = quick_traffic(setting, place(setting), gpu, assumed)
+    assert abs(exact.seconds - quick.seconds) < 0.5
+    assert exact.nothing_moves == quick.nothing_moves
 
 
 def test_the_busiest_link_is_the_slower_of_both_kinds() -> None:

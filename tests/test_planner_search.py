@@ -8,21 +8,23 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from planner_cases import QWEN_7B, TINY, config_of, setting_of
+from planner_cases import QWEN_7B, QWEN_32B, TINY, config_of, setting_of
 
 from megatron_oreal.config_check import check_config
 from megatron_oreal.config_load import _apply_override, parse_config
 from megatron_oreal.data.lengths import LengthDistribution
 from megatron_oreal.errors import UserError
+from megatron_oreal.layout import ModelSpec
 from megatron_oreal.planner import search as searching
 from megatron_oreal.planner.assumptions import Assumptions
 from megatron_oreal.planner.cost import CostModel, Workload
 from megatron_oreal.planner.devices import DEVICES
 from megatron_oreal.planner.memory import memory, quick_memory
 from megatron_oreal.planner.placement import place
-from megatron_oreal.planner.search import fits, nearest_fitting, search
+from megatron_oreal.planner.search import Found, fits, nearest_fitting, search
 from megatron_oreal.planner.types import GIB, Setting
 from megatron_oreal.planner.variants import (
+    ENGINE_TP,
     MEM_FRACTION,
     OFFLOAD,
     TP,
@@ -117,12 +119,12 @@ def test_every_winner_fits_and_every_setting_is_accounted_for(few: Callable[[], 
     few()
     setting = setting_of(QWEN_7B, 16, tp=8, engine_tp=4, memory_gib=79.1)
     model = model_of(setting)
-    result = search(setting, model, top=3)
+    result = search(setting, model, top=2)
     assert result.fitting + sum(result.reasons.values()) == result.considered == 4 * 4 * 2 * 4 * 3 * 2 * 4
-    assert len(result.best) == 3
+    assert len(result.best) == 2
     rates = [found.cost.tokens_per_s_per_gpu for found in result.best]
     assert rates == sorted(rates, reverse=True)
-    assert len({Sizes.of(found.setting) for found in result.best}) == 3
+    assert len({Sizes.of(found.setting) for found in result.best}) == 2
     for found in result.best:
         assert found.confirmed
         check_config(found.setting.config, QWEN_7B, 16, 8, planned=True)
@@ -135,6 +137,7 @@ def test_every_winner_fits_and_every_setting_is_accounted_for(few: Callable[[], 
     assert any(reason.startswith("does not fit") for reason in result.reasons)
 
 
+@pytest.mark.slow
 def test_the_winner_is_no_slower_than_any_setting_that_fits(few: Callable[[], None]) -> None:
     few()
     setting = setting_of(QWEN_7B, 8, tp=4, memory_gib=79.1)
@@ -162,6 +165,30 @@ def test_an_engine_gets_the_largest_share_that_fits_and_is_of_use() -> None:
     more = vary(setting, {MEM_FRACTION: share + 0.03})
     useful = model.useful_cache_bytes(varied, place(varied))
     assert not fits(more, quick_memory(more)) or found.phase("generate").live["KV cache"] + 0.03 * 80 * GIB > useful
+
+
+def test_sizes_whose_fastest_setting_is_refused_are_ranked_by_their_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "POWERS", (1, 4))
+    monkeypatch.setattr(searching, "VIRTUAL", (None,))
+    setting = setting_of(QWEN_7B, 8, tp=4, memory_gib=79.1)
+    model, refused = model_of(setting), set()
+
+    def all_but_the_first(found: Found) -> Found | None:
+        sizes = Sizes.of(found.setting)
+        if sizes in refused:
+            return found
+        refused.add(sizes)
+        return None
+
+    monkeypatch.setattr(searching, "confirm", lambda found: found)
+    ranked = search(setting, model, top=1000).best
+    monkeypatch.setattr(searching, "confirm", all_but_the_first)
+    result = search(setting, model, top=1000)
+    assert len({Sizes.of(found.setting) for found in ranked}) == len(ranked) > 1
+    assert {Sizes.of(found.setting) for found in result.best} == {Sizes.of(found.setting) for found in ranked}
+    assert not any(one.changes == two.changes for one in ranked for two in result.best)
+    assert result.reasons["does not fit by the real modules, though by the closed forms"] == len(ranked)
+    assert result.fitting + sum(result.reasons.values()) == result.considered
 
 
 def test_nothing_that_fits_is_an_empty_result_with_reasons(few: Callable[[], None]) -> None:
@@ -199,6 +226,34 @@ def test_no_single_change_is_enough_where_two_are_recommended() -> None:
     for axis in searching._axes(setting):
         for change in axis:
             assert searching._try_change(setting, model, change) is None, change
+
+
+@pytest.mark.parametrize(
+    ("spec", "tp", "share", "changed"), [(QWEN_7B, 4, 0.18, MEM_FRACTION), (QWEN_32B, 8, 0.6, ENGINE_TP)]
+)
+def test_an_engine_without_room_for_a_response_gets_more_memory_or_more_ranks(
+    spec: ModelSpec, tp: int, share: float, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank has 14.2 GiB of 7B's weights; of 32B's more than leaves room for a cache at any share."""
+    parts = ["optimizer", "reward_model", "reference", "policy"]
+    setting = setting_of(
+        spec,
+        64,
+        tp=tp,
+        engine_tp=1,
+        memory_gib=79.1,
+        sglang={"mem_fraction_static": share},
+        parallel={"offload": parts},
+    )
+    monkeypatch.setattr(searching, "confirm", lambda found: found)  # the closed forms know this as well
+    model = model_of(setting)
+    assert not searching.cache_holds_a_response(model, setting, quick_memory(setting))
+    found = nearest_fitting(setting, model)
+    assert found is not None
+    assert len(found.changes) == 1
+    assert searching._try_change(setting, model, {changed: 0.4 if changed == MEM_FRACTION else 8}) is not None
+    shares = [searching._try_change(setting, model, {MEM_FRACTION: each}) for each in searching.SHARES]
+    assert any(shares) == (changed == MEM_FRACTION)
 
 
 def test_a_device_that_is_too_small_has_no_nearest_setting() -> None:

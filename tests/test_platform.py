@@ -146,7 +146,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
 # Ranks
 
 
-def test_all_ranks_raise_the_first_mistake_that_any_of_them_sees() -> None:
+def test_all_ranks_raise_the_first_mistake_that_any_of_them_sees_in_one_group_after_another() -> None:
     zero, one = run_ranks("platform_cases:fail_in_all_ways", 2)
     for answers in (zero, one):
         nobody, second, both = answers

@@ -115,11 +115,20 @@ def test_training_does_not_fall_back_to_a_cpu_beside_a_gpu_with_an_old_driver(
     assert [(check.name, check.status) for check in found] == [("driver", "fail"), ("gpus", "fail")]
 
 
+def test_training_does_not_fall_back_to_a_cpu_with_a_torch_that_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "torch_says", lambda: "Torch not compiled with CUDA enabled")
+    monkeypatch.setattr(devices, "installed_driver", lambda: "570.86.15")
+    monkeypatch.setattr(devices.torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=r"device=auto: .*not compiled with CUDA enabled\): install a CUDA build"):
+        devices.require_gpus("auto", 8)
+
+
 def test_a_hidden_gpu_and_a_machine_without_one_are_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "torch_says", lambda: NO_DRIVER)
     monkeypatch.setattr(devices.torch.version, "cuda", "12.8")
     monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: False)
-    for driver, visible in ((None, "0"), ("570.86.15", "")):
+    for driver, visible in ((None, "0"), ("570.86.15", ""), ("570.86.15", "-1")):
         monkeypatch.setattr(devices, "installed_driver", lambda driver=driver: driver)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         devices.require_gpus("auto", 8)

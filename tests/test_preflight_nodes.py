@@ -103,7 +103,7 @@ def test_a_rank_without_the_others_ends_at_the_deadline_of_the_fabric(run: Path,
     command += ["--fabric-folder", str(tmp_path)]
     env = os.environ | world | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, env=env, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+        command, env=env, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=240, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     found = read_result(tmp_path, [0], 1)
@@ -135,28 +135,46 @@ def test_nodes_that_were_started_wrong_are_named_on_all_of_them(seats: list[tupl
     assert all(words in line for line in found), found
 
 
+def send_and_leave(port: int, message: bytes) -> None:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as link:
+                link.sendall(message)
+            return
+        except ConnectionRefusedError:  # node 0 does not listen yet
+            time.sleep(0.02)
+
+
 def test_a_stranger_at_the_port_does_no_harm() -> None:
     """A port scanner, a wrong client, one that connects and says nothing."""
     port = free_port()
-
-    def strangers() -> None:
-        for noise in (b"GET / HTTP/1.1\r\n\r\n", b'{"magic": "other"}\n', b"[1]\n", b"\xff\n", b""):
-            end = time.monotonic() + 10
-            while time.monotonic() < end:
-                try:
-                    with socket.create_connection(("127.0.0.1", port), timeout=5) as link:
-                        link.sendall(noise)
-                    break
-                except ConnectionRefusedError:
-                    time.sleep(0.02)
+    endless = b'{"magic": "megatron-oreal", "node_rank": Infinity, "nnodes": 2, "host": "b"}\n'
 
     def late() -> list[Any]:
-        thread.join()
+        for noise in (b"GET / HTTP/1.1\r\n\r\n", b'{"magic": "other"}\n', b"[1]\n", b"\xff\n", endless, b""):
+            send_and_leave(port, noise)
         return visit(Seat(2, 1, "127.0.0.1", port, 20), "b")
 
-    thread = threading.Thread(target=strangers)
-    thread.start()
     assert all_at_once(lambda: visit(Seat(2, 0, "127.0.0.1", port, 20), "a"), late) == [[["a", "b"]]] * 2
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_a_node_that_ended_while_it_waited_may_be_started_again(order: tuple[int, int]) -> None:
+    port = free_port()
+
+    def guest(rank: int) -> list[Any]:
+        gone.wait(20)
+        time.sleep(0.3 * order.index(rank))
+        return visit(Seat(3, rank, "127.0.0.1", port, 20), rank)
+
+    def first_try() -> None:
+        send_and_leave(port, b'{"magic": "megatron-oreal", "node_rank": 1, "nnodes": 3, "host": "b"}\n')
+        gone.set()
+
+    gone = threading.Event()
+    calls = [lambda: visit(Seat(3, 0, "127.0.0.1", port, 20), 0), lambda: guest(1), lambda: guest(2)]
+    assert all_at_once(*calls, first_try)[:3] == [[[0, 1, 2]]] * 3
 
 
 def test_a_node_that_goes_away_is_named() -> None:
@@ -236,7 +254,7 @@ def test_training_on_nodes_with_other_configs_ends_in_one_line_on_each(run: Path
     port = free_port()
     node = [run, "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port]
     both = [launcher(*node, "--node-rank", rank, f"seed={rank}") for rank in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
+    said = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [2, 2]
     lines = [errors.splitlines() for _, errors in said]
     assert lines[0] == lines[1]

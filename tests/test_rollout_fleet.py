@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_oreal.layout import load_model_spec
 from megatron_oreal.rollout.embedded import EmbeddedEngine
 from megatron_oreal.rollout.engine import EngineError
 from megatron_oreal.rollout.fleet import Fleet, ReleasedMemory
+from megatron_oreal.rollout.sglang.engine import SglangEngine
 from megatron_oreal.telemetry import names
 from megatron_oreal.train import _require_agreement
 
@@ -50,6 +52,40 @@ def test_later_all_of_what_came_back_the_first_time_must_come_back() -> None:
     memory.mark()
     with pytest.raises(EngineError, match=r"6144 MiB .* came back within 0\.3 s .* 10240 MiB were expected"):
         memory.wait()
+
+
+class Engine(SglangEngine):
+    """Falls asleep; ``restarts`` says how often its server was started again."""
+
+    def __init__(self) -> None:
+        self.restarts = 0
+
+    @property
+    def num_restarts(self) -> int:
+        return self.restarts
+
+    def sleep(self, tags: Sequence[str] = ()) -> None:
+        """It does."""
+
+
+class Alone:
+    """A platform of one rank."""
+
+    def gather_objects(self, value: Any, what: str = "") -> list[Any]:
+        return [value]
+
+
+def test_a_server_that_was_started_again_may_have_less_memory_than_the_one_before() -> None:
+    """SGLang sizes its caches by what is free at its start, and then the actors are there."""
+    memory = ReleasedMemory(Device(0, 10 * GIB, 10 * GIB, 0, 7 * GIB, 7 * GIB, 0, 6 * GIB), 6 * GIB, timeout_s=0.3)
+    engine = Engine()
+    fleet = Fleet(engine, Alone(), memory=memory)  # type: ignore[arg-type]
+    assert fleet.sleep() == 10 * GIB
+    fleet._asleep, engine.restarts = False, 1
+    assert fleet.sleep() == 7 * GIB
+    fleet._asleep = False
+    with pytest.raises(EngineError, match="7168 MiB were expected"):
+        fleet.sleep()
 
 
 def load_where_one_engine_refuses(path: Path) -> dict[str, Any]:

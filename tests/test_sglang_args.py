@@ -30,12 +30,22 @@ def test_names_read_from_the_source_are_those_of_the_class():
         ({"mem_fraction_statik": 0.5}, r"rollout\.sglang\.mem_fraction_statik: .*did you mean 'mem_fraction_static'"),
         ({"port": 30000}, r"rollout\.sglang\.port=30000: this is set by the trainer itself; remove the key"),
         ({"tp_size": 2}, r"rollout\.sglang\.tp_size=2: this is set by rollout\.engine_tp"),
+        ({"dp_size": 2}, r"rollout\.sglang\.dp_size=2: this is set by rollout\.engine_tp: every group .* one such"),
+        ({"api_key": "k"}, r"rollout\.sglang\.api_key='k': this is set by the trainer itself, .* without a key"),
     ],
 )
 def test_keys_that_sglang_does_not_know_or_the_trainer_decides_are_refused_in_one_line(user, message):
     with pytest.raises(UserError, match=message) as caught:
         check_server_args(user)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_that_no_server_can_map_is_refused_before_anything_is_built(name):
+    with pytest.raises(UserError, match=rf"^{name}='.*' with rollout\.engine=sglang: .*remove expandable_segments"):
+        args.check_allocator({name: "max_split_size_mb:512, expandable_segments: True"})
+    args.check_allocator({name: "expandable_segments:False,max_split_size_mb:512"})
+    args.check_allocator({})
 
 
 @needs_sglang

@@ -59,6 +59,9 @@ class Server:
                 return web.json_response({"error": {"message": "the input is too long"}}, status=int(fault))
             if fault == "garbage":
                 return web.json_response({"output_ids": [1, 2]})
+            if fault == "overflow":
+                meta = {"finish_reason": {"type": "length"}, "weight_version": self.label}
+                return web.json_response({"output_ids": [2**40], "meta_info": meta})
             self.served.append(seed)
             tokens = [(seed + i) % 97 for i in range(1 + seed % 8)]
             kind = "abort" if fault == "abort" else "length"
@@ -203,6 +206,18 @@ def test_a_request_that_fails_everywhere_ends_the_step(cluster):
         server.faults = ["garbage"] * 50
     with pytest.raises(EngineError, match=r"request 0 failed 4 times, last: .*unexpected reply"):
         cluster.generate(1)
+
+
+def test_a_reply_that_nothing_expects_ends_the_step_at_once(cluster):
+    for server in cluster.servers:
+        server.faults = ["overflow"]
+    with pytest.raises(EngineError, match=r"generate: OverflowError"):
+        cluster.generate(3, samples=1)
+
+
+def test_responses_that_are_not_kept_are_completed_all_the_same(cluster):
+    assert cluster.generate(30, keep=False) == []
+    assert cluster.seen == Counter(range(30))
 
 
 def test_without_any_server_the_step_ends_after_the_recovery_timeout(cluster):

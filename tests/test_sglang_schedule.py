@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_oreal.rollout.sglang.schedule import Schedule
+from megatron_oreal.rollout.sglang.schedule import Assignment, Schedule
 
 
 def make(groups: int, k: int, engines: int, *, window: int = 4, max_attempts: int = 3, lengths=None) -> Schedule:
@@ -100,6 +100,82 @@ def test_every_request_is_in_one_place_and_finishes_once(seed, groups, k, engine
             run.schedule.put_in(0)
     assert run.schedule.done
     assert run.finished == Counter(range(groups * k))
+
+
+class Scan(Schedule):
+    """The rule by looking at everything: each engine with room in the order of its load, and for it each request."""
+
+    def next(self, now: float = 0.0) -> Assignment | None:
+        engines = [e for e, held in enumerate(self._engines) if held.inside and len(held.in_flight) < self.window]
+        for engine in sorted(engines, key=lambda e: (self.outstanding_tokens(e), e)):
+            index = self.choose(engine, now)
+            if index is not None:
+                self._engines[engine].in_flight.add(index)
+                self._engines[engine].prompt_tokens += self._lengths[index]
+                self._where[index] = engine
+                self._attempts[index] += 1
+                return Assignment(index, engine, self._attempts[index])
+        return None
+
+    def choose(self, engine: int, now: float) -> int | None:
+        others = any(held.inside for e, held in enumerate(self._engines) if e != engine)
+        for retry in sorted(self._retries):
+            if retry[0] <= now and not (others and self._avoid.get(retry[1]) == engine):
+                self._retries.remove(retry)
+                self._retries.sort()
+                return retry[1]
+        held = self._engines[engine]
+        if not held.chunk and self._chunks:
+            held.chunk = self._chunks.popleft()
+        if held.chunk:
+            return held.chunk.popleft()
+        full = [other.chunk for other in self._engines if other.chunk and len(other.in_flight) >= self.window]
+        return max(full, key=len).pop() if full else None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    groups=st.integers(1, 12),
+    k=st.integers(1, 12),
+    engines=st.integers(1, 7),
+    window=st.integers(1, 9),
+    longest=st.integers(1, 200),
+    trouble=st.sampled_from([0.0, 0.05, 0.4]),
+)
+def test_every_request_goes_where_a_scan_of_all_engines_sends_it(seed, groups, k, engines, window, longest, trouble):
+    rng = np.random.default_rng(seed)
+    prompts = [group for group in range(groups) for _ in range(k)]
+    lengths = rng.integers(1, longest + 1, groups).repeat(k).tolist()
+    both = [
+        kind(prompts, lengths, engines, window=window, expected_new_tokens=100, max_attempts=10_000)
+        for kind in (Schedule, Scan)
+    ]
+    now = 0.0
+    for _ in range(100_000):
+        while True:
+            given_out, expected = (schedule.next(now) for schedule in both)
+            assert given_out == expected
+            if given_out is None:
+                break
+        if both[0].done:
+            break
+        for _ in range(int(rng.integers(1, 6))):
+            flying, engine = sorted(both[0]._where), int(rng.integers(engines))
+            kind, tokens, pause = rng.random(), int(rng.integers(1, 400)), float(rng.choice([0.0, 0.1, 0.7]))
+            index = int(rng.choice(flying)) if flying else None
+            for schedule in both:
+                if kind < trouble / 4 and not (schedule.is_in(engine) and schedule._num_inside == 1):
+                    for lost in schedule.take_out(engine):
+                        schedule.returned(lost)
+                elif kind < trouble / 2:
+                    schedule.put_in(engine)
+                elif kind < trouble and index is not None:
+                    assert schedule.failed(index, now + pause)
+                elif index is not None:
+                    assert schedule.finished(index, tokens)
+        now += 0.1
+    assert both[0].done and both[1].done
 
 
 def test_an_engine_never_has_more_than_its_window():

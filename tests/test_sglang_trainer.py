@@ -54,7 +54,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
 def test_a_server_that_fails_in_a_step_costs_no_sample_and_serves_the_next_steps(
     quickstart: Path,  # noqa: F811
     tmp_path: Path,

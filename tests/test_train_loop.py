@@ -137,7 +137,9 @@ def test_saved_trajectories_are_what_the_metrics_speak_of(trained: tuple[Path, s
         )
 
 
-@pytest.mark.parametrize("step", [1, 2], ids=["before-the-first-policy-update", "after-it"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["before-the-first-policy-update", "after-it"]
+)
 def test_a_resumed_run_repeats_metrics_and_weights_bit_for_bit(
     trained: tuple[Path, str], tmp_path: Path, step: int
 ) -> None:

@@ -100,11 +100,11 @@ def test_no_block_holds_the_number_a_special_token_or_an_invisible_character(ask
 def test_answers_are_cut_to_their_last_part(asked):
     answers = [servers.block_of(payload, "ANSWER") for payload in asked[1]]
     assert max(map(len, answers)) == MAX_CHARS + len(CUT)
-    for row, answer in zip(INJECTIONS, answers, strict=True):
-        if row["kind"] == "long":
-            assert len(answer) <= MAX_CHARS + len(CUT)
-            if answer.startswith(CUT):
-                assert squeezed(answer.removeprefix(CUT)) in squeezed(row["response"])
+    responses = [squeezed(row["response"]) for row in INJECTIONS if row["kind"] == "long"]  # requests come in any order
+    cut = [answer for answer in answers if answer.startswith(CUT)]
+    assert len(cut) > 1
+    for answer in cut:
+        assert any(squeezed(answer.removeprefix(CUT)) in response for response in responses)
 
 
 def squeezed(text):

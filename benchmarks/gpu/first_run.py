@@ -6,6 +6,7 @@ One process. For each dtype and layer implementation that is there (TransformerE
 log-probabilities against transformers', policy equal to reference before the first step, three updates, the weights in
 the embedded engine and its log-probabilities against the actor's; then tokens a second of an update and of generation.
 Runs on a CPU too, so that the script itself is known to work before a GPU is borrowed; then it says so in the result.
+The exit status is 1 when a combination failed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import platform as host
+import sys
 import tempfile
 import time
 import traceback
@@ -163,7 +165,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
@@ -194,7 +196,8 @@ def main() -> None:
                     json.dumps({"device": name, "versions": versions(), "rows": rows}, indent=1) + "\n"
                 )
     shutdown_distributed()
+    return 0 if all(row["passed"] for row in rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

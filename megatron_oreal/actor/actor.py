@@ -77,23 +77,30 @@ class Actor:
             config.parallel.transformer_impl, config.model.dtype, platform.is_cuda
         )
         check_options(config.parallel, self.implementation, platform.is_cuda)
-        self.policy = self._build(trainable=True)
-        self.policy_layout = self._layout(reward_model=False)
-        self.policy_optimizer = self._optimizer(self.policy)
         self._publisher: Publisher | None = None
         self.reference: MegatronModel | None = None
         self.reward_model: MegatronModel | None = None
         self.reward_model_optimizer: ModelOptimizer | None = None
+        # A model that is offloaded leaves before the next is built, so that the device never has to hold them all.
+        self.offloader = Offloader({}, config.parallel.offload)
+        self.policy = self._build(trainable=True)
+        self.policy_layout = self._layout(reward_model=False)
+        self.policy_optimizer = self._optimizer(self.policy)
+        self.offloader.put_out(self._parts())
         if not policy_only:
             self.reference = self._build(trainable=False)
+            self.offloader.put_out(self._parts())
             if config.model.reward_model:
                 self.reward_model = self._build(trainable=True, score_head=True)
                 self.reward_model_layout = self._layout(reward_model=True)
                 self.reward_model_optimizer = self._optimizer(self.reward_model)
-        self.offloader = Offloader(self._parts(), config.parallel.offload)
+                self.offloader.put_out(self._parts())
 
     def _parts(self) -> dict[str, Part]:
-        """What may wait in host memory, by the names of ``parallel.offload``; the reward model has its optimizer."""
+        """What may wait in host memory of the models that are built, by the names of ``parallel.offload``.
+
+        The reward model has its optimizer.
+        """
         parts = {
             "policy": model_part(self.policy),
             "optimizer": optimizer_part(self.policy, self.policy_optimizer),
@@ -144,19 +151,26 @@ class Actor:
     # Weights in
 
     def load_hf(self) -> None:
-        """Load all models from the directories that the config names; each rank reads only its own part."""
+        """Load all models from the directories that the config names; each rank reads only its own part.
+
+        One after the other: what is offloaded is on the device while its weights are read, and leaves again.
+        """
         path = self._initial_weights
-        self._load(self.policy, self.policy_layout, path)
-        self.policy_optimizer.reload_model_params()
+        with self.offloader.resident("policy"), self.offloader.resident("optimizer"):
+            self._load(self.policy, self.policy_layout, path)
+            self.policy_optimizer.reload_model_params()
         self.load_reference()
         if self.reward_model is not None and self.reward_model_optimizer is not None:
-            self._load(self.reward_model, self.reward_model_layout, path)
-            self.reward_model_optimizer.reload_model_params()
+            with self.offloader.resident("reward_model"):
+                self._load(self.reward_model, self.reward_model_layout, path)
+                self.reward_model_optimizer.reload_model_params()
 
     def load_reference(self) -> None:
         """Load the frozen reference (a resumed run's too: it is never saved, it never changes)."""
         if self.reference is not None:
-            self._load(self.reference, self.policy_layout, self.config.model.reference_path or self._initial_weights)
+            with self.offloader.resident("reference"):
+                path = self.config.model.reference_path or self._initial_weights
+                self._load(self.reference, self.policy_layout, path)
 
     @property
     def _initial_weights(self) -> str:

@@ -38,8 +38,15 @@ class Offloader:
     """
 
     def __init__(self, parts: dict[str, Part], names: Iterable[str]):
-        chosen = set(names)
-        self._parts = {name: _Storages(part) for name, part in parts.items() if name in chosen}
+        self._names = set(names)
+        self._parts = {name: _Storages(part) for name, part in parts.items() if name in self._names}
+
+    def put_out(self, parts: dict[str, Part]) -> None:
+        """Move further parts, now on the device, out at once; those that are known, or not to move, are left alone."""
+        new = {name: part for name, part in parts.items() if name in self._names - self._parts.keys()}
+        self._parts |= {name: _Storages(part) for name, part in new.items()}
+        if new:
+            self.offload(*new)
 
     def load(self, *names: str, timers: PhaseTimers | None = None) -> None:
         """Bring parts back; no name: all. A phase ``load`` where there is something to do."""

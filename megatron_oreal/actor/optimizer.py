@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_oreal.actor.build import DTYPES, MegatronModel
 from megatron_oreal.actor.options import optimizer_options
 from megatron_oreal.config import OptimizerConfig, ParallelConfig
+from megatron_oreal.errors import UserError
 from megatron_oreal.platform import Platform
 
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)  # one is the other's base from torch 2.7 on
@@ -103,20 +104,24 @@ class ModelOptimizer:
         self.model = model
         self.platform = platform
         self.weight_decay = config.wd
-        megatron_config = MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=0.0,
-            min_lr=0.0,
-            weight_decay=config.wd,
-            adam_beta1=config.betas[0],
-            adam_beta2=config.betas[1],
-            adam_eps=config.eps,
-            clip_grad=config.max_grad_norm,
-            bf16=dtype == "bf16",
-            params_dtype=DTYPES[dtype],
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-            **optimizer_options(parallel),
-        )
+        try:
+            megatron_config = MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=0.0,
+                min_lr=0.0,
+                weight_decay=config.wd,
+                adam_beta1=config.betas[0],
+                adam_beta2=config.betas[1],
+                adam_eps=config.eps,
+                clip_grad=config.max_grad_norm,
+                bf16=dtype == "bf16",
+                params_dtype=DTYPES[dtype],
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                **optimizer_options(parallel),
+            )
+        except (AssertionError, RuntimeError, ValueError) as error:  # such as a TransformerEngine that is too old
+            said = " ".join(str(error).split())
+            raise UserError(f"parallel: megatron-core refuses these optimizer settings: {said}") from None
         # An empty dict: no exceptions, decay on every parameter. None: Megatron's default, which spares 1-D ones.
         overrides: dict[Any, Any] | None = {} if config.wd_on_norms_and_biases else None
         with platform.megatron():

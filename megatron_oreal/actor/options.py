@@ -38,7 +38,7 @@ def check_options(parallel: ParallelConfig, implementation: Implementation, is_c
     Call before a model is built. What keys contradict each other is for ``config_check.py``.
     """
     if implementation != "transformer_engine":
-        for key, off in _TRANSFORMER_ENGINE_KEYS.items():
+        for key, off in TRANSFORMER_ENGINE_KEYS.items():
             value = getattr(parallel, key)
             if value != off and not (key == "gradient_accumulation_fusion" and value is False):
                 raise UserError(
@@ -64,12 +64,11 @@ def check_options(parallel: ParallelConfig, implementation: Implementation, is_c
 
 
 _TE = "transformer_engine"
-_TRANSFORMER_ENGINE_KEYS: dict[str, Any] = {
+TRANSFORMER_ENGINE_KEYS: dict[str, Any] = {
     "tp_comm_overlap": False,
     "attention_backend": "auto",
     "gradient_accumulation_fusion": "auto",
     "cpu_offloading_num_layers": 0,
-    "fine_grained_activation_offloading": False,
 }
 """Keys that TransformerEngine's layers serve, and the value that asks nothing of them."""
 
@@ -81,8 +80,6 @@ def transformer_options(parallel: ParallelConfig) -> dict[str, Any]:
         options["recompute_modules"] = list(parallel.recompute_modules)
     if parallel.cpu_offloading_num_layers:
         options |= {"cpu_offloading": True, "cpu_offloading_num_layers": parallel.cpu_offloading_num_layers}
-    if parallel.fine_grained_activation_offloading:
-        options |= {"fine_grained_activation_offloading": True, "offload_modules": list(parallel.offload_modules)}
     if parallel.tp_comm_overlap:
         options |= {"tp_comm_overlap": True} | parallel.tp_comm_overlap_options
     if parallel.attention_backend != "auto":

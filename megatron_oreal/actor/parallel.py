@@ -81,5 +81,5 @@ def init_parallel(config: ParallelConfig, platform: Platform) -> ParallelGrid:
 
 
 def destroy_parallel() -> None:
-    """Forget Megatron's process groups (tests start several layouts in one process)."""
+    """Forget Megatron's process groups: a process may open one run after another."""
     mpu.destroy_model_parallel()

@@ -109,4 +109,4 @@ def quantile_over_ranks(
             found[i] = found[i] << width | digit
             held[i] = held[i][digits[i] == digit]
     low, high = np.array(found, dtype=np.uint32).view(np.float32).astype(np.float64)
-    return float(low + (high - low) * (position - math.floor(position)))
+    return float(low if low == high else low + (high - low) * (position - math.floor(position)))

@@ -11,8 +11,11 @@ from typing import Any
 from megatron_oreal.bench.figures import Figure, number
 from megatron_oreal.errors import UserError
 
-_SAME = ("world", "model", "workload", "hardware", "versions", "config")
-"""What should be alike in two results that are compared; differences are shown above the table."""
+_SAME = ("options", "world", "model", "workload", "parts", "hardware", "versions", "config")
+"""What should be alike in two results that are compared; differences are shown above the table.
+
+``parts``: the work that was measured (tokens, micro-batches, bytes), and the memory that it took.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,22 @@ def compare(first: str, second: str, tolerance: float) -> int:
     records = [read_record(path) for path in (first, second)]
     figures = [figures_of(record, path) for record, path in zip(records, (first, second), strict=True)]
     before, after = ({figure.key: figure for figure in each} for each in figures)
-    for line in differences(*records):
-        print(line)
     rows = [row_of(before[key], after[key], tolerance) for key in before if key in after]
     if not rows:
         raise UserError(f"--compare: {first} and {second} have no figure in common: measure the same --parts")
+    for letter, path, record in zip("AB", (first, second), records, strict=True):
+        print(f"{letter}: {path}, commit {record.get('git_commit')}, note: {record.get('note')}")
+    differing = list(differences(*records))
+    for line in differing:
+        print(line)
     missing = [key for key, figure in before.items() if key not in after and figure.better is not None]
     print(compared_table(rows))
     for key in missing:
         print(f"{key}: is in {first} and not in {second}")
     worse = [row.before.key for row in rows if row.is_worse]
     which = ", ".join(worse) or "none"
-    print(f"\n{len(rows)} figures compared; worse by more than {tolerance:.0%}: {which}")
+    above = f"; measured under {len(differing)} differences, see above the table" if differing else ""
+    print(f"\n{len(rows)} figures compared; worse by more than {tolerance:.0%}: {which}{above}")
     return 1 if worse or missing else 0
 
 
@@ -81,7 +88,7 @@ def read_record(path: str) -> dict[str, Any]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--compare: {path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--compare: {path}: cannot be read as JSON ({error})") from None
     if not isinstance(record, dict) or record.get("format") != 1 or not isinstance(record.get("figures"), list):
         raise UserError(f"--compare: {path}: not a result of megatron-oreal bench --output")

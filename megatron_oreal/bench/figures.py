@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -47,10 +47,13 @@ class Figure:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Figure:
         """Read what ``as_record`` made; ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
-        values = tuple(float(value) for value in record["values"])
-        if not values or not all(map(math.isfinite, values)):
-            raise ValueError(f"{record['name']} has no finite values")
-        return cls(record["part"], record["name"], record["unit"], record["better"], values)
+        part, name, unit, better = (record[key] for key in ("part", "name", "unit", "better"))
+        if not all(isinstance(text, str) for text in (part, name, unit)) or better not in ("higher", "lower", None):
+            raise ValueError(f"part {part!r}, name {name!r}, unit {unit!r}, better {better!r}")
+        values = tuple(value for value in record["values"] if isinstance(value, (int, float)))
+        if not values or len(values) < len(record["values"]) or not all(abs(v) <= sys.float_info.max for v in values):
+            raise ValueError(f"{part}/{name} has no finite values")
+        return cls(part, name, unit, better, tuple(map(float, values)))
 
 
 def table(figures: Sequence[Figure]) -> str:

@@ -18,7 +18,7 @@ from megatron_oreal.bench.workload import DrawnOutcomes, Workload
 from megatron_oreal.layout.megatron import padded_vocab_size
 from megatron_oreal.loss import LossSettings, auto_chunk_tokens, make_coefficients, policy_loss
 from megatron_oreal.rollout.draw import owner_of
-from megatron_oreal.rollout.engine import Completion, Request, SamplingParams
+from megatron_oreal.rollout.engine import Completion, EngineError, Request, SamplingParams
 from megatron_oreal.rollout.sglang.engine import SglangEngine
 from megatron_oreal.run import Run
 from megatron_oreal.telemetry import PhaseTimers, names
@@ -139,7 +139,7 @@ class Bench:
     def next_step(self) -> int:
         """A step's number that is not used yet and in which the policy learns."""
         self._steps += 1
-        return self.run.config.algorithm.actor_freeze_steps + self._steps - 1
+        return self.workload.first_step + self._steps - 1
 
 
 def rollout(bench: Bench) -> None:
@@ -171,9 +171,7 @@ def rollout(bench: Bench) -> None:
             )
             run.platform.barrier()
         drawn = [len(completion.token_ids) for completion in completions]
-        assert drawn == [limits[request.seed] for request in every], (
-            "an engine gave other lengths than it was asked for"
-        )
+        _require_lengths(completions, [limits[request.seed] for request in every])
         times = sorted(t for part in run.platform.gather_objects(done) for t in part)
         return sum(run.platform.gather_objects(sum(drawn))), times
 
@@ -195,6 +193,18 @@ def rollout(bench: Bench) -> None:
     bench.add("rollout", "tail_share", "share", None, [t / s for t, s in zip(tail, seconds, strict=True)])
     bench.note("rollout", output_tokens=tokens, prompt_and_output_tokens=every, requests=groups * samples)
     bench.note("rollout", prefill_tokens=groups * work.prompt_tokens, model_flops=flops, tail_below=TAIL_SHARE)
+
+
+def _require_lengths(completions: Sequence[Completion], lengths: Sequence[int]) -> None:
+    """Raise ``EngineError`` for responses that are not as long as they were asked for: their time says nothing."""
+    pairs = list(zip(completions, lengths, strict=True))
+    other = [completion for completion, length in pairs if len(completion.token_ids) != length]
+    if other:
+        aborted = sum(completion.finish_reason == "abort" for completion in other)
+        raise EngineError(
+            f"rollout: {len(other)} of {len(pairs)} responses do not have the length that was asked for "
+            f"({aborted} of them aborted): the engines cannot serve this workload; see their logs"
+        )
 
 
 def _draws(run: Run, group: int) -> bool:

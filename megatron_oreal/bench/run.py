@@ -18,6 +18,7 @@ from megatron_oreal.config import Config
 from megatron_oreal.config_check import check_config
 from megatron_oreal.data.chat import ChatTemplate
 from megatron_oreal.data.sampler import PromptOrder
+from megatron_oreal.errors import UserError
 from megatron_oreal.layout import ModelSpec, load_from_hf, load_model_spec
 from megatron_oreal.planner.devices import device_of_name
 from megatron_oreal.platform import Platform
@@ -91,20 +92,29 @@ def headline(work: Workload) -> str:
 
 def _load_weights(run: Run) -> str:
     """Load the config's weights, or draw them where there are none; says which."""
-    if has_weights(run.config):
-        run.actor.load_hf()
-        return f"weights from {run.config.model.megatron_checkpoint or run.config.model.path}"
-    actor, platform = run.actor, run.platform
+    path, actor, platform = run.config.model.path, run.actor, run.platform
+    found = platform.gather_objects(has_weights(run.config))
+    if any(found):
+        if not all(found):
+            raise UserError(
+                f"model.path={path!r} has weights for rank {found.index(True)} and none for rank "
+                f"{found.index(False)}: give every node the same directory"
+            )
+        actor.load_hf()
+        return f"weights from {run.config.model.megatron_checkpoint or path}"
     source = RandomWeights(run.spec, DTYPES[run.config.model.dtype], platform.device, run.config.seed)
-    index = run.grid.model_index
-    load_from_hf(source, actor.policy_layout.shards[index], actor.policy.parameters())
-    actor.policy_optimizer.reload_model_params()
+    index, offloader = run.grid.model_index, actor.offloader
+    with offloader.resident("policy"), offloader.resident("optimizer"):
+        load_from_hf(source, actor.policy_layout.shards[index], actor.policy.parameters())
+        actor.policy_optimizer.reload_model_params()
     if actor.reference is not None:
-        load_from_hf(source, actor.policy_layout.shards[index], actor.reference.parameters())
+        with offloader.resident("reference"):
+            load_from_hf(source, actor.policy_layout.shards[index], actor.reference.parameters())
     if actor.reward_model is not None and actor.reward_model_optimizer is not None:
         shard = actor.reward_model_layout.shards[index]
-        load_from_hf(source, shard, actor.reward_model.parameters(), missing_ok={"score.weight"})
-        actor.reward_model_optimizer.reload_model_params()
+        with offloader.resident("reward_model"):
+            load_from_hf(source, shard, actor.reward_model.parameters(), missing_ok={"score.weight"})
+            actor.reward_model_optimizer.reload_model_params()
     return "random weights"
 
 

@@ -73,7 +73,7 @@ class Workload:
         lengths = distribution.draw(shape[0] * shape[1], config.seed).reshape(shape)
         correct = np.random.default_rng((config.seed, 1)).random(shape) < options.solve_rate
         workload = cls(config, spec, distribution, prompt_tokens, lengths, correct)
-        if not workload.kept(step=0):
+        if not workload.kept(workload.first_step):
             raise UserError(
                 f"--solve-rate={options.solve_rate:g}: none of the {shape[0]} groups of {shape[1]} has correct and "
                 "wrong responses: bring it nearer to 0.5, or raise rollout.prompts_per_step"
@@ -84,6 +84,11 @@ class Workload:
     def num_prompts(self) -> int:
         """Prompts that are drawn for, those of over-sampling left out."""
         return self.config.rollout.prompts_per_step
+
+    @property
+    def first_step(self) -> int:
+        """The first step in which the policy learns: measured steps count from it."""
+        return self.config.algorithm.actor_freeze_steps
 
     def kept(self, step: int) -> list[Kept]:
         """What OREAL keeps of a step with these outcomes (``algorithm.select``)."""
@@ -134,8 +139,8 @@ class Workload:
             "response_tokens_mean": float(lengths.mean()),
             "response_tokens_median": float(np.median(lengths)),
             "response_tokens_longest": int(lengths.max()),
-            "kept_sequences": len(self.kept(step=0)),
-            "kept_tokens": sum(self.kept_lengths(step=0)),
+            "kept_sequences": len(self.kept(self.first_step)),
+            "kept_tokens": sum(self.kept_lengths(self.first_step)),
         }
 
     def _tokens(self, count: int, number: int, stream: int) -> NDArray[np.int32]:
@@ -238,6 +243,6 @@ class RandomWeights:
 
 
 def has_weights(config: Config) -> bool:
-    """Whether there is anything to load."""
-    files = Path(config.model.path).glob("*.safetensors")
+    """Whether there is anything to load: a file of weights, or an index that names some."""
+    files = Path(config.model.path).glob("*.safetensors*")
     return config.model.megatron_checkpoint is not None or any(files)

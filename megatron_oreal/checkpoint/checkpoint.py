@@ -93,6 +93,7 @@ class Checkpoints:
     def load(self, actor: Actor, step: int) -> dict[str, Any]:
         """Restore models and optimizers in place and return ``position``; says which settings have changed since.
 
+        All that is restored is on the device then, offloaded or not.
         Raises ``UserError`` when the checkpoint does not fit the models or the config.
         """
         path = self.path(step)
@@ -102,6 +103,7 @@ class Checkpoints:
         changes = check_changes(run, actor.config, actor.spec, path)
         if changes and self.platform.rank == 0:
             print(f"resuming with other settings than {path} was saved with: {changes}", flush=True)
+        actor.offloader.load("policy", "optimizer", "reward_model")
         with self.platform.megatron():
             for key, model, optimizer in _trained(actor):
                 if not (path / key).is_dir():

@@ -4,10 +4,23 @@ Letters: t tokens of a micro-batch, s of them on a sequence-parallel rank (else 
 rank's query, key and MLP widths; e bytes of an element; n response tokens of a micro-batch.
 
 ``local``: counted off the torch-native modules (``actor/local_modules.py``, Megatron's unfused rotary and gated MLP),
-and held against the real ones on meta tensors by a test. ``transformer_engine``: modelled on the tensors that
-TransformerEngine's modules save (``LayerNormLinear``: its input, the normalised input, one fp32 a token; attention: q,
-k, v, out, one fp32 a token and head; ``Linear``: its input; Megatron's fused SwiGLU: the output of fc1), the count of
-Korthikanti et al. (arXiv 2205.05198) for RMSNorm, SwiGLU, grouped queries and attention that keeps no scores.
+and held against the real ones on meta tensors by a test.
+
+``transformer_engine``: what the modules hand to ``save_for_backward`` in bf16, read off TransformerEngine's source
+(2.20.0.dev0, d0067d0; ``transformer_engine/pytorch/``) and megatron-core 0.16.1's, and never run here:
+
+* ``LayerNormLinear`` (qkv, fc1; ``module/layernorm_linear.py``, ``_LayerNormLinear.forward``): ``inputmat`` (s h),
+  ``ln_out`` (s h; gathered again in the backward pass, its gathered copy is freed), ``rsigma`` (fp32, s), no ``mu``
+* rotary embedding (``attention/rope.py``): the angles, which all layers share; the rotated q and k are new tensors
+* attention (``attention/dot_product_attention/backends.py``, ``FusedAttnFunc``): q, k, v, out and the softmax's
+  statistics (fp32 a token and head). v is a view of qkv's output with other strides than the rotated k, so
+  ``get_qkv_layout`` (``utils.py``) makes it contiguous, and that output is freed. flash-attn saves the same
+* ``Linear`` (projection, fc2; ``module/linear.py``): its input. The projection's is attention's ``out`` itself
+* SwiGLU (megatron-core ``fusions/fused_bias_swiglu.py``, ``SwiGLUFunction``): fc1's output (2 f)
+* norms of q and k (``ops/basic/rmsnorm.py``): their inputs, made contiguous, and fp32 ``rstdevs`` a token and head
+
+The residual additions save nothing. It is the count of Korthikanti et al. (arXiv 2205.05198) for RMSNorm, SwiGLU,
+grouped queries and attention that keeps no scores.
 """
 
 from __future__ import annotations
@@ -57,7 +70,10 @@ class LayerBytes:
 
 
 def layer_bytes(setting: Setting, tokens: int) -> LayerBytes:
-    """One layer and one micro-batch, without recomputation."""
+    """One layer and one micro-batch, without recomputation or with the selective one of TransformerEngine's layers.
+
+    Selective recomputation is left out of the torch-native count, which is an upper bound with it.
+    """
     x, t = Shapes.of(setting), tokens
     s = t / x.tp if setting.config.parallel.sequence_parallel else t
     gathered = x.e * t * x.h if setting.config.parallel.sequence_parallel and x.tp > 1 else 0
@@ -67,14 +83,41 @@ def layer_bytes(setting: Setting, tokens: int) -> LayerBytes:
         saved = 2 * (2 * x.e * s * x.h + 4 * s) + x.e * t * (2 * x.q + 2 * x.k) + 4 * t * x.heads + x.e * t * 3 * x.f
         if x.qk_norm:
             saved += x.e * t * (x.q + x.k) + 4 * t * (x.heads + x.k // x.head_dim)
-        forward = x.e * t * max(3 * x.f, 2 * (x.q + 2 * x.k)) + x.e * s * x.h
-        return LayerBytes(saved, max(forward, gathered), backward)
+        # fc1's output and SwiGLU's, or fc1's beside its gathered input; q before and after the rotation, with k and v.
+        forward = x.e * t * max(3 * x.f, 3 * x.q + 4 * x.k) + x.e * s * x.h
+        forward = max(forward, gathered + x.e * t * 2 * x.f + x.e * s * x.h)
+        return _selective(setting, LayerBytes(saved, forward, max(backward, _later_in_mlp(x, t, s, gathered))), t, s)
     norm = (16 if x.e == 2 else 24) * s * x.h + 8 * s
     saved = norm + x.e * t * (5 * x.q + 4 * x.head_dim + 5 * x.f) + 4 * t * x.heads
     if x.qk_norm:
         saved += (3 * x.e * t * (x.q + x.k)) + 4 * t * (x.heads + x.k // x.head_dim)
     forward = x.e * t * max(5 * x.f, 5 * x.q + 2 * x.k) + x.e * s * x.h
     return LayerBytes(saved, max(forward, gathered), backward)
+
+
+def _later_in_mlp(x: Shapes, t: int, s: float, gathered: float) -> float:
+    """The most beside ``saved`` in the backward pass of SwiGLU and of fc1, when fc2's input (f) has been freed.
+
+    SwiGLU: gradients of its output (f) and input (2 f). fc1, when SwiGLU's input (2 f) is freed too: the gradient of
+    its output (2 f), its gathered input and that input's gradient (h), which is scattered, and its weight's (2 f h).
+    """
+    swiglu = x.e * t * (3 - 1) * x.f
+    fc1 = x.e * t * (2 - 3) * x.f + gathered + x.e * t * x.h + x.e * 2 * x.f * x.h
+    return max(swiglu, fc1) + x.e * s * x.h
+
+
+def _selective(setting: Setting, one: LayerBytes, t: int, s: float) -> LayerBytes:
+    """``parallel.recompute_modules``: ``core_attn`` drops the softmax's statistics, ``mlp`` all but the MLP's input.
+
+    Megatron checkpoints what a module is given; the projection keeps attention's output all the same.
+    """
+    x, parallel = Shapes.of(setting), setting.config.parallel
+    if parallel.recompute_granularity != "selective":
+        return one
+    modules = parallel.recompute_modules or ["core_attn"]
+    attention = 4 * t * x.heads if "core_attn" in modules else 0
+    mlp = x.e * s * x.h + 4 * s + x.e * t * 3 * x.f if "mlp" in modules else 0
+    return LayerBytes(one.saved - attention - mlp, one.forward, one.backward + max(attention, mlp))
 
 
 def in_flight(setting: Setting, pp_rank: int, count: int) -> int:
@@ -181,7 +224,10 @@ def _with_recompute(setting: Setting, one: LayerBytes, layers: int, hidden: floa
     group = min(parallel.recompute_num_layers or 1, layers)
     again = one.saved + one.backward
     if parallel.recompute_method == "block":
-        return (layers - group) * one.saved + group * hidden, again if group else one.backward
+        whole = (
+            layers - group
+        ) * one.saved  # of the last layers, whose backward pass is over when others are recomputed
+        return whole + group * hidden, max(one.backward, again - whole)
     return -(-layers // group) * hidden, (group - 1) * one.saved + again
 
 

@@ -60,11 +60,17 @@ class Assumptions:
     # Switch between training and generation
     pcie_efficiency: float = _assume(0.7, "of peak", "offloaded parts, pinned host memory, all GPUs of a node at once")
     sleep_s: float = _assume(
-        2.0, "s", "pause, flush, release of the engines' memory, and its check", "assumed; vime#442 saw 11.2 s"
+        2.0,
+        "s",
+        "pause, flush, release of the engines' memory, and its check",
+        "assumed; vllm-project/vime#442 saw 11.2 s",
     )
     wake_weights_s: float = _assume(0.5, "s", "engines take the memory of their weights")
     wake_cache_s: float = _assume(
-        1.5, "s", "engines take the memory of KV caches and CUDA graphs", "assumed; vime#442 saw 3.8 s for both"
+        1.5,
+        "s",
+        "engines take the memory of KV caches and CUDA graphs",
+        "assumed; vllm-project/vime#442 saw 3.8 s for both",
     )
     publish_fixed_s: float = _assume(0.5, "s", "handshakes of a publish: staging, loader call, acknowledgement")
 

@@ -165,7 +165,7 @@ class CostModel:
         config = setting.config.rollout
         tp = config.engine_tp if placement.is_served else 1
         item = ITEMSIZE[setting.config.model.dtype]
-        cache = self.cache_tokens(setting, placement, memory)
+        cache = self._cache_of_use(setting, placement, memory)
         window = config.server.requests_per_server if placement.is_served else None
         key = (tp, len(placement.engines), cache, config.max_running_requests, window)
         if key not in self._rollouts:
@@ -183,19 +183,19 @@ class CostModel:
         return self._rollouts[key]
 
     def cache_tokens(self, setting: Setting, placement: Placement, memory: RankMemory | None) -> int:
-        """Tokens that an engine's KV cache holds, rounded down to a thousand when it is large; no more than
-        ``max_running_requests`` responses of full length can use.
-        """
-        rollout = setting.config.rollout
-        useful = rollout.max_running_requests * rollout.gen_max_length
+        """Tokens that an engine's KV cache holds; without ``memory`` as many as could be of use."""
         if memory is None:
-            return useful
-        try:
-            size = memory.phase("generate").live.get("KV cache", 0)
-        except KeyError:
-            return useful
-        tokens = size // _cache_bytes_per_token(setting, placement)
-        return min(tokens // 1000 * 1000 if tokens > 100_000 else tokens, useful)
+            rollout = setting.config.rollout
+            return rollout.max_running_requests * rollout.gen_max_length
+        return memory.phase("generate").live.get("KV cache", 0) // _cache_bytes_per_token(setting, placement)
+
+    def _cache_of_use(self, setting: Setting, placement: Placement, memory: RankMemory | None) -> int:
+        """``cache_tokens``, no more than all running requests at full length could fill. Rounded down to a thousand
+        when it is large, so that settings of a search share a simulation.
+        """
+        tokens = self.cache_tokens(setting, placement, memory)
+        tokens = tokens // 1000 * 1000 if tokens > 100_000 else tokens
+        return min(tokens, self.cache_tokens(setting, placement, None))
 
     def useful_cache_bytes(self, setting: Setting, placement: Placement) -> int:
         """Bytes of a rank's KV cache that responses of full length, as many as may run, would fill."""

@@ -17,8 +17,8 @@ from megatron_oreal.rollout.kv_cache import KvCache
 from megatron_oreal.rollout.sglang.staging import weight_groups
 
 _MIB = 2**20
-DIGEST_BYTES = {"cuda": 8 * 2**24, "cpu": 8 * 2**18}
-"""Scratch of the digests: a chunk in int64 (``layout/digest.py``)."""
+DIGEST_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+"""Elements that ``layout/digest.py`` hashes at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def engine_bytes(setting: Setting) -> EngineBytes:
     """Of the engine that this setting's ranks have; alike on all of them."""
     config, dtype = setting.config, {"bf16": torch.bfloat16, "fp32": torch.float32}[setting.config.model.dtype]
     buckets = _bucket_bound(setting)
-    digest = DIGEST_BYTES[setting.device] if config.rollout.verify_weights else 0
+    digest = _digest_bytes(setting) if config.rollout.verify_weights else 0
     if config.rollout.engine == "embedded":
         weights = _embedded_weights(setting.spec, ITEM_BYTES[config.model.dtype])
         tables = 2 * config.rollout.gen_max_length * setting.spec.head_dim * dtype.itemsize
@@ -64,6 +64,14 @@ def engine_bytes(setting: Setting) -> EngineBytes:
     return EngineBytes(weights, cache, workspace, staged, buckets, digest, sleeps)
 
 
+def _digest_bytes(setting: Setting) -> int:
+    """Scratch of the digests: a chunk of the largest tensor in int64, of which each holds 4 bytes of weights."""
+    spec, tp = setting.spec, setting.config.parallel.tensor_model_parallel_size
+    largest = max(spec.vocab_size, spec.ffn_hidden_size) * spec.hidden_size // tp
+    words = {"bf16": 2, "fp32": 1}[setting.config.model.dtype]
+    return 8 * min(DIGEST_CHUNK_ELEMENTS[setting.device], largest) // words
+
+
 def kv_bytes_per_token(setting: Setting) -> int:
     """Keys and values of all layers on one engine rank; with fewer KV heads than ranks each has one."""
     spec, tp = setting.spec, setting.config.rollout.engine_tp
@@ -84,7 +92,11 @@ def _sglang_memory(setting: Setting) -> tuple[int, int]:
     if setting.device == "cpu" or not device:
         return 0, 0
     small = device < 60 * 1024 * _MIB
-    chunk = user.get("chunked_prefill_size") or (4096 if small else 8192)
+    chunk = user.get("chunked_prefill_size")
+    if chunk is None:
+        chunk = 4096 if small else 8192
+    elif chunk <= 0:  # no chunks: a prefill takes as many tokens as SGLang lets wait for one
+        chunk = user.get("max_prefill_tokens") or 16384
     graphs = user.get("cuda_graph_max_bs") or ((32 if tp < 4 else 160) if small else (256 if tp < 4 else 512))
     graphs = 0 if user.get("disable_cuda_graph") else min(graphs, setting.config.rollout.max_running_requests)
     reserved = (512 + 1.5 * max(chunk, 2048) + tp / 8 * 1024 + 2 * graphs) * _MIB
@@ -120,6 +132,12 @@ def _cache_bytes(spec: ModelSpec, targets: tuple[int, ...], prompt: int, longest
             cache.promote(np.array(growing))
             peak = max(peak, cache.nbytes() + moved)
     return peak
+
+
+@lru_cache(maxsize=4)
+def num_parameters(spec: ModelSpec) -> int:
+    """``ModelSpec.num_parameters``, which a search asks for of every setting."""
+    return spec.num_parameters()
 
 
 @lru_cache(maxsize=64)
@@ -159,5 +177,5 @@ def _bucket_bound(setting: Setting) -> int:
     if holders == 1:
         return 0
     engine_ranks = rollout.engine_tp if rollout.engine == "sglang" else 1
-    weights = setting.spec.num_parameters() * ITEM_BYTES[setting.config.model.dtype] // engine_ranks
+    weights = num_parameters(setting.spec) * ITEM_BYTES[setting.config.model.dtype] // engine_ranks
     return min(4 * DEFAULT_BUCKET_BYTES, 2 * weights * (holders - 1) // holders)

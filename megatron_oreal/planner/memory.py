@@ -92,7 +92,9 @@ def _rank_memories(setting: Setting, ranks: tuple[int, ...]) -> list[RankMemory]
         static = dict(update.static)
         if setting.config.parallel.optimizer_cpu_offload or setting.config.parallel.use_precision_aware_optimizer:
             static |= _optimizer_options(setting, pp_rank, dp_rank)
-        memories.append(_rank_memory(setting, rank, update.coordinates, static, dynamic, engine, modelled))
+        memories.append(
+            _rank_memory(setting, rank, update.coordinates, static, dynamic, engine, modelled, update.between)
+        )
     return memories
 
 
@@ -142,8 +144,9 @@ def _rank_memory(
     dynamic: dict[str, dict[str, int]],
     engine: EngineBytes,
     modelled: tuple[str, ...],
+    between: int = 0,
 ) -> RankMemory:
-    phases = compose(setting, static, dynamic, engine)
+    phases = compose(setting, static, dynamic, engine, between)
     seen = {item for phase in phases for item in phase.live}
     return RankMemory(
         rank,

@@ -93,7 +93,7 @@ def _check_server_numbers(sglang: Mapping[str, Any]) -> None:
     share = sglang.get("mem_fraction_static")
     if share is not None and not (isinstance(share, int | float) and 0 < share < 1):
         raise UserError(f"rollout.sglang.mem_fraction_static={share!r}: must be a number between 0 and 1")
-    for name in ("max_total_tokens", "chunked_prefill_size", "cuda_graph_max_bs"):
+    for name in ("max_total_tokens", "chunked_prefill_size", "max_prefill_tokens", "cuda_graph_max_bs"):
         value = sglang.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise UserError(f"rollout.sglang.{name}={value!r}: must be a whole number")
@@ -188,7 +188,8 @@ def _warnings(setting: Setting) -> list[str]:
             "rollout.engine=embedded: the cost model takes it for an engine with CUDA graphs, without them it is slower"
         )
     parallel = config.parallel
-    for key in ("cpu_offloading_num_layers", "fine_grained_activation_offloading"):
-        if getattr(parallel, key, None):
-            found.append(f"parallel.{key}: the copies of activations are taken to be hidden behind the computation")
+    if parallel.cpu_offloading_num_layers:
+        found.append(
+            "parallel.cpu_offloading_num_layers: copies of activations are taken to be hidden behind the computation"
+        )
     return found

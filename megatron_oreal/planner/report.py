@@ -116,7 +116,7 @@ def _memory(report: Report) -> list[str]:
 
 
 def _memory_tables(rank: RankMemory) -> list[str]:
-    items = list(dict.fromkeys(item for phase in rank.phases for item in phase.live))
+    items = list(dict.fromkeys([*rank.static, *(item for phase in rank.phases for item in phase.live)]))
     lines: list[str] = []
     for start in range(0, len(rank.phases), _PHASES_A_TABLE):
         phases = rank.phases[start : start + _PHASES_A_TABLE]

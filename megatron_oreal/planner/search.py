@@ -41,6 +41,8 @@ SHARES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """What is tried for a config that does not fit."""
 _CACHE = "KV cache"
 _MOST_CHANGES = 3
+_MOST_TRIES = 3
+"""Settings of the same sizes that a search builds before it gives the sizes up."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Found:
 @dataclass
 class SearchResult:
     """``best``: fastest first, one for each TP, PP, VPP and engine TP. ``considered`` settings, and why the others
-    fell out. ``unconfirmed``: taken for fitting by the closed forms, refused by the real modules.
+    fell out; of sizes whose fastest setting the real modules refuse the next is taken.
     """
 
     best: list[Found] = field(default_factory=list)
@@ -81,7 +83,7 @@ def cache_holds_a_response(model: CostModel, setting: Setting, found: RankMemory
 def search(setting: Setting, model: CostModel, top: int) -> SearchResult:
     """Rank every combination of sizes, recompute, token budget and offload; confirm the ``top`` with real modules."""
     result = SearchResult()
-    best: dict[Sizes, Found] = {}
+    fitting: list[Found] = []
     for sizes in _all_sizes(setting):
         choices = list(_choices(setting))
         result.considered += len(choices)
@@ -94,15 +96,19 @@ def search(setting: Setting, model: CostModel, top: int) -> SearchResult:
             if isinstance(found, str):
                 result.reasons[found] += 1
                 continue
-            result.fitting += 1
-            known = best.get(sizes)
-            if known is None or found.cost.tokens_per_s_per_gpu > known.cost.tokens_per_s_per_gpu:
-                best[sizes] = found
-    ranked = sorted(best.values(), key=lambda each: -each.cost.tokens_per_s_per_gpu)
-    for each in ranked:
+            fitting.append(found)
+    result.fitting = len(fitting)
+    tries: Counter[Sizes] = Counter()
+    done: set[Sizes] = set()
+    for each in sorted(fitting, key=lambda each: -each.cost.tokens_per_s_per_gpu):
+        sizes = Sizes.of(each.setting)
         if len(result.best) == top:
             break
+        if sizes in done or tries[sizes] == _MOST_TRIES:
+            continue
+        tries[sizes] += 1
         if confirmed := confirm(each):
+            done.add(sizes)
             result.best.append(confirmed)
         else:
             result.reasons["does not fit by the real modules, though by the closed forms"] += 1
@@ -206,7 +212,7 @@ def confirm(found: Found) -> Found | None:
 def nearest_fitting(setting: Setting, model: CostModel, limit: int = 12) -> Found | None:
     """The setting that fits with fewest changes; among those of as few the one predicted to be fastest.
 
-    Changed are recompute, token budget, offload, engine share, TP (with engine and sequence parallelism left) and PP.
+    Changed are recompute, token budget, offload, TP (with sequence parallelism), PP, and the engines' TP and share.
     """
     axes = _axes(setting)
     for count in range(1, _MOST_CHANGES + 1):
@@ -226,7 +232,8 @@ def nearest_fitting(setting: Setting, model: CostModel, limit: int = 12) -> Foun
 
 def _try_change(setting: Setting, model: CostModel, changes: dict[str, Any]) -> Found | None:
     varied = vary(setting, changes)
-    if trainer_obstacle(varied, Sizes.of(varied)) is not None:
+    sizes = Sizes.of(varied)
+    if trainer_obstacle(varied, sizes) or engine_obstacle(varied, sizes.engine_tp):
         return None
     found = quick_memory(varied)
     if not fits(varied, found):
@@ -261,5 +268,6 @@ def _axes(setting: Setting) -> Sequence[Sequence[dict[str, Any]]]:
     ]
     if config.rollout.engine == "sglang":
         share = get(config, MEM_FRACTION)
-        axes.append([{MEM_FRACTION: each} for each in SHARES if share is None or each < share])
+        axes.append([{ENGINE_TP: config.rollout.engine_tp * factor} for factor in (2, 4, 8)])
+        axes.append([{MEM_FRACTION: each} for each in SHARES if each != share])
     return [axis for axis in axes if axis]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from megatron_oreal.layout import (
     Layout,
-    ModelSpec,
     embedded_layout,
     make_plan,
     megatron_layout,
@@ -19,6 +17,7 @@ from megatron_oreal.layout import (
 from megatron_oreal.layout.plan import Plan
 from megatron_oreal.planner.assumptions import Assumptions
 from megatron_oreal.planner.devices import Device
+from megatron_oreal.planner.engine import num_parameters
 from megatron_oreal.planner.placement import ITEMSIZE, Placement
 from megatron_oreal.planner.types import Setting
 from megatron_oreal.rollout.sglang.build import shard_ranks
@@ -117,7 +116,7 @@ def quick_traffic(setting: Setting, placement: Placement, device: Device, assume
     as the overlap of two even cuts; where engines are smaller than the span of a pipeline stage's ranks on a node,
     other stages' weights come over the network.
     """
-    size = ITEMSIZE[setting.config.model.dtype] * _num_parameters(setting.spec)
+    size = ITEMSIZE[setting.config.model.dtype] * num_parameters(setting.spec)
     grid, served = placement.grid, placement.is_served
     etp = setting.config.rollout.engine_tp if served else 1
     wanted = size / etp
@@ -143,11 +142,6 @@ def quick_traffic(setting: Setting, placement: Placement, device: Device, assume
         exact=False,
         **_link_time(local, network, device, assumed),
     )
-
-
-@lru_cache(maxsize=4)
-def _num_parameters(spec: ModelSpec) -> int:
-    return spec.num_parameters()
 
 
 def _busiest(plan: Plan, placement: Placement, itemsize: int) -> tuple[int, int]:

@@ -63,9 +63,10 @@ class Phase:
     """Bytes on the device at the phase's peak, by item.
 
     Items: ``policy parameters``, ``policy gradients``, ``policy optimizer``, ``reference parameters``,
-    ``reward model parameters``, ``reward model gradients``, ``reward model optimizer``, ``activations``,
-    ``logits and loss``, ``optimizer step``, ``engine weights``, ``KV cache``, ``engine workspace``, ``staging``,
-    ``reshard buckets``, ``digest``, ``reserve``. Items of 0 bytes are left out.
+    ``reward model parameters``, ``reward model gradients``, ``reward model optimizer``, ``model building`` (a copy of
+    the parameters while DDP makes its buffers), ``activations``, ``logits and loss``, ``optimizer step``,
+    ``engine weights``, ``KV cache``, ``engine workspace``, ``staging``, ``reshard buckets``, ``digest``, ``reserve``.
+    Items of 0 bytes are left out.
     """
 
     name: str

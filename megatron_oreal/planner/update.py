@@ -17,7 +17,7 @@ from megatron_oreal.actor.batch import Batch, Microbatch, TrainSequence
 from megatron_oreal.actor.build import unwrap
 from megatron_oreal.actor.offload import model_part, optimizer_part
 from megatron_oreal.actor.optimizer import ModelOptimizer
-from megatron_oreal.actor.options import _TRANSFORMER_ENGINE_KEYS
+from megatron_oreal.actor.options import TRANSFORMER_ENGINE_KEYS
 from megatron_oreal.actor.schedule import to_device
 from megatron_oreal.config import Config
 from megatron_oreal.data.packing import PackItem, WorkModel, pack, plan_for
@@ -31,12 +31,14 @@ from megatron_oreal.planner.watch import PhaseWatch
 class UpdateMemory:
     """``static``: bytes of each model's parts. ``dynamic``: of everything else at each phase's peak, by item.
 
+    ``between``: bytes that stay alive from one update to the next.
     ``parameters``: names and shapes of each model's parameters, by model.
     """
 
     coordinates: tuple[int, int, int]
     static: dict[str, int]
     dynamic: dict[str, dict[str, int]]
+    between: int
     parameters: dict[str, dict[str, tuple[int, ...]]]
 
 
@@ -51,23 +53,24 @@ def simulate_update(setting: Setting, rank: int, *, learn: bool = True) -> Updat
             actor = Actor(config, setting.spec, simulated.grid, simulated.platform)
         static = _assign_static(actor, simulated)
         watch = PhaseWatch(simulated.storages)
+        between = 0
         if learn:
             _learn(actor, simulated, setting, watch)
-            _add_what_stays(actor, watch)
+            between = _add_what_stays(actor, watch)
         grid = simulated.grid
         shapes = {name: _shapes(model.parameters()) for name, model in _models(actor).items()}
     dynamic = {
         phase: {item: size for item, size in peak.items() if item not in static and size}
         for phase, peak in watch.peaks.items()
     }
-    return UpdateMemory((grid.pp_rank, grid.dp_rank, grid.tp_rank), static, dynamic, shapes)
+    return UpdateMemory((grid.pp_rank, grid.dp_rank, grid.tp_rank), static, dynamic, between, shapes)
 
 
 def _simulated_config(setting: Setting) -> Config:
     """Without offloading, and without what this machine's packages cannot serve."""
     parallel: dict[str, Any] = {"offload": [], "optimizer_cpu_offload": False, "use_precision_aware_optimizer": False}
     if setting.implementation == "transformer_engine":
-        parallel |= _TRANSFORMER_ENGINE_KEYS
+        parallel |= TRANSFORMER_ENGINE_KEYS
         parallel |= {"transformer_impl": "local", "tp_comm_overlap_options": {}, "tp_comm_overlap_cfg": {}}
     return setting.config.model_copy(update={"parallel": setting.config.parallel.model_copy(update=parallel)})
 
@@ -83,11 +86,11 @@ def _learn(actor: Actor, simulated: SimulatedRank, setting: Setting, watch: Phas
         actor.update(sequences, setting.config.algorithm.actor_freeze_steps, watch)
 
 
-def _add_what_stays(actor: Actor, watch: PhaseWatch) -> None:
+def _add_what_stays(actor: Actor, watch: PhaseWatch) -> int:
     """From the second update on: Megatron's stages hold the last micro-batch that they were sent until the next pass.
 
     ``GPTModel.set_input_tensor`` keeps it, with its gradient. This update was the first: add what models that have not
-    run yet in a phase still hold there.
+    run yet in a phase still hold there. Returns the bytes that all of them hold after it.
     """
     order = {"reference": "reference", "reward_model": "reward model", "policy": "policy"}
     models = _models(actor)
@@ -101,6 +104,7 @@ def _add_what_stays(actor: Actor, watch: PhaseWatch) -> None:
             leaf = tensor is not None and tensor.is_leaf  # else the model's own, from its embedding
             for held in (tensor, tensor.grad if leaf else None):
                 stays += held.untyped_storage().nbytes() if held is not None else 0
+    return stays
 
 
 def microbatches_in_flight(setting: Setting, pp_rank: int) -> int:

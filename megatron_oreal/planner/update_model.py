@@ -107,10 +107,13 @@ class UpdateModel:
             (self._replica(rank, head=head, backward=backward) for rank in self._heaviest_replicas()),
             key=lambda each: each.seconds,
         )
-        dp_s, optimizer_s = self._learn(head) if backward else (0.0, 0.0)
-        # Gradients of one bucket can only travel behind the last micro-batch's backward.
-        hidden = min(dp_s, slowest.compute_s * 2 / 3 / self.plan.num_microbatches)
-        dp_s -= hidden * self.config.parallel.overlap_grad_reduce
+        gradients_s, weights_s, optimizer_s = self._learn(head) if backward else (0.0, 0.0, 0.0)
+        parallel, one_batch = self.config.parallel, slowest.compute_s / self.plan.num_microbatches
+        if parallel.overlap_grad_reduce:  # behind the last micro-batch's backward: the first that has whole gradients
+            gradients_s = max(0.0, gradients_s - one_batch * 2 / 3)
+        if parallel.overlap_param_gather and not head:  # behind the next forward; the policy's are published at once
+            weights_s = max(0.0, weights_s - one_batch / 3)
+        dp_s = gradients_s + weights_s
         passes = 3 if backward else 1
         flops = passes * sum(self.layer_work(length) for length in self.sequences)
         if head:
@@ -239,8 +242,8 @@ class UpdateModel:
             return self.device.network * self.assumed.network_efficiency
         return self.device.nvlink * self.assumed.nvlink_efficiency
 
-    def _learn(self, head: bool) -> tuple[float, float]:
-        """Seconds of the data-parallel exchange and of the optimizer step, on the stage with most parameters.
+    def _learn(self, head: bool) -> tuple[float, float, float]:
+        """Seconds to exchange gradients and weights, and of the optimizer step, on the stage with most parameters.
 
         Gradients are fp32. With the distributed optimizer they are reduce-scattered and parameters all-gathered, each
         once; without it gradients are all-reduced and every rank steps all parameters. A ring over nodes uses the
@@ -249,7 +252,7 @@ class UpdateModel:
         grid, parallel = self.placement.grid, self.config.parallel
         params = self.placement.parameters_of_busiest_rank(self.spec, self.config.parallel, head=head)
         sharded = parallel.use_distributed_optimizer
-        moved = params * (grid.dp - 1) / grid.dp * (4 + self.itemsize if sharded else 8)
+        moved = params * (grid.dp - 1) / grid.dp  # by a rank in a reduce-scatter or an all-gather, elements
         bandwidth = self._bandwidth(self.placement.dp_crosses_nodes)
         if self.placement.dp_crosses_nodes:
             bandwidth *= self.placement.dp_members_a_node
@@ -260,4 +263,5 @@ class UpdateModel:
             copies = on_host * stepped * (4 + self.itemsize) / (self.device.pcie * self.assumed.pcie_efficiency)
             adam = on_host * stepped * OPTIMIZER_BYTES / self.assumed.host_adam_bytes_per_s
             optimizer_s += max(copies, adam) if parallel.overlap_cpu_optimizer_d2h_h2d else copies + adam
-        return moved / bandwidth if grid.dp > 1 else 0.0, optimizer_s
+        gradients, weights = (4, self.itemsize) if sharded else (8, 0)
+        return moved * gradients / bandwidth, moved * weights / bandwidth, optimizer_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import resource
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,9 @@ MESSAGE_BYTES = 64 * 2**20
 
 _DESCRIPTORS_A_RANK, _SPARE_DESCRIPTORS = 4, 512
 """gloo's groups have a socket a pair of members: the host group, and Megatron's of the data-parallel ranks."""
+
+_GROUPS = itertools.count()
+"""Process groups that this process has joined; the ranks of a launch join and leave them together."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Platform:
 
     def barrier(self) -> None:
         """Wait for all ranks on the host."""
-        dist.barrier(group=self.host_group)
+        with self._waiting("all other ranks"):
+            dist.barrier(group=self.host_group)
 
     def gather_objects(self, item: Any, what: str = "") -> list[Any]:
         """Every rank's ``item``, in rank order, on every rank. ``what`` is waited for, in errors."""
@@ -143,7 +148,7 @@ class Platform:
             result = work()
         except UserError as caught:
             error = str(caught)
-        errors = [e for e in self.gather_objects(error) if e is not None]
+        errors = [e for e in self.gather_objects(error, "what all ranks say of the same check") if e is not None]
         if errors:
             raise UserError(errors[0])
         return result
@@ -185,13 +190,10 @@ def init_distributed(
         torch.cuda.set_device(local_rank)
     allow_connections(int(os.environ.get("WORLD_SIZE", "1")))
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            store = dist.HashStore()
-            dist.init_process_group(
-                "nccl" if kind == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout
-            )
-        else:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+        store, rank, world_size = _rendezvous(timeout)
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     if kind == "cuda" or host_timeout_s is not None:
         host_timeout = datetime.timedelta(seconds=host_timeout_s or timeout_s)
         host_group = dist.new_group(backend="gloo", timeout=host_timeout)
@@ -200,6 +202,19 @@ def init_distributed(
     assert host_group is not None
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     return Platform(device=device, rank=dist.get_rank(), world_size=dist.get_world_size(), host_group=host_group)
+
+
+def _rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
+    """A store that all ranks share, this rank, and the ranks in all.
+
+    torchrun's store lives as long as the launch. Each group of a process has keys of its own there: under those of the
+    group before, its addresses still stand.
+    """
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"group{next(_GROUPS)}", store), rank, world_size
 
 
 def allow_connections(world_size: int) -> None:

@@ -128,16 +128,15 @@ def require_gpus(requested: Literal["auto", "cuda", "cpu"], ranks_per_node: int)
     said = torch_says() if requested != "cpu" else None
     if said is not None:
         driver = installed_driver()
-        problem = driver_problem(torch.version.cuda, driver, said)
-        if problem and _is_wanted(requested, driver):
-            raise UserError(problem)
+        if _is_wanted(requested, driver):
+            raise UserError(driver_problem(torch.version.cuda, driver, said) or _unseen(requested, said))
     if choose_device(requested) == "cuda" and torch.cuda.device_count() < ranks_per_node:
         raise UserError(_too_few(torch.cuda.device_count(), ranks_per_node))
 
 
 def _is_wanted(requested: str, driver: str | None) -> bool:
     """Whether a GPU is asked for: by the config, or by being there without being hidden."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return requested == "cuda" or (requested == "auto" and driver is not None and not hidden)
 
 
@@ -151,12 +150,20 @@ def _too_few(count: int, ranks_per_node: int) -> str:
 
 
 def _no_gpu(requested: str, said: str, driver: str | None) -> Check:
-    reason = " ".join(said.split())[:200]
     if _is_wanted(requested, driver):
-        return fail(
-            "gpus", f"device={requested}: torch sees no CUDA device ({reason}): mend that, or set device=cpu to go on"
-        )
-    return warning("gpus", f"device=auto: torch sees no CUDA device ({reason}): the run would use the CPU")
+        return fail("gpus", _unseen(requested, said))
+    return warning("gpus", f"device=auto: torch sees no CUDA device ({_one_line(said)}): the run would use the CPU")
+
+
+def _unseen(requested: str, said: str) -> str:
+    return (
+        f"device={requested}: torch sees no CUDA device ({_one_line(said)}): install a CUDA build of torch or make the "
+        "GPUs visible, or set device=cpu to go on"
+    )
+
+
+def _one_line(said: str) -> str:
+    return " ".join(said.split())[:200]
 
 
 def _busy_gpus() -> Iterator[Check]:

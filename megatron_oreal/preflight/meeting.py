@@ -74,6 +74,16 @@ class _Peer:
             raise ValueError("not an object")
         return message
 
+    def has_left(self) -> bool:
+        """Whether the other side has ended the connection."""
+        self.link.settimeout(0)
+        try:
+            return not self.link.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
 
 class Meeting:
     """All nodes of a run at one table; a context manager. Collective: every node makes the same calls.
@@ -144,7 +154,7 @@ class Meeting:
     def _host_meeting(self) -> None:
         seat = self.seat
         with self._listen() as server:
-            while len(self._peers) < seat.nnodes - 1:
+            while self._forget_who_left() < seat.nnodes - 1:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     missing = [str(rank) for rank in range(1, seat.nnodes) if rank not in self._peers]
@@ -177,6 +187,12 @@ class Meeting:
             raise UserError(f"--master-port={seat.master_port} {why}") from None
         return server
 
+    def _forget_who_left(self) -> int:
+        """Guests that are still there; one that was ended while it waited may be started again."""
+        for rank in [rank for rank, peer in self._peers.items() if peer.has_left()]:
+            self._peers.pop(rank).link.close()
+        return len(self._peers)
+
     def _receive_guest(self, guest: _Peer) -> None:
         """Seat a node; a connection that does not speak as one is dropped."""
         seat = self.seat
@@ -185,11 +201,12 @@ class Meeting:
             rank, nnodes = int(hello["node_rank"]), int(hello["nnodes"])
             guest.host = str(hello["host"])
             known = hello["magic"] == _MAGIC and (0 <= rank < nnodes)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             known = False
         if not known:
             guest.link.close()
             return
+        self._forget_who_left()
         problem = None
         if nnodes != seat.nnodes:
             problem = (

@@ -102,7 +102,7 @@ class _Follower(_Step):
     def take_and_verify(self) -> set[int]:
         """Take what the first rank draws for this rank; returns the groups that count."""
         encoded: dict[int, np.ndarray] = {}
-        what = f"responses from rank 0 ({self.label})"
+        what = "responses from rank 0" + (f" ({self.label})" if self.label else "")
         while True:
             news: _News = self.platform.broadcast_object(None, what=what)
             if news.error is not None:
@@ -179,6 +179,7 @@ class _Leader(_Step):
                 on_progress=report,
                 enough=None if enough is None else lambda: len(self._complete) >= enough,
                 endpoints=self.sampler.fleet.endpoints,
+                keep=False,  # a step of 16,384 responses is gigabytes, of which this rank verifies a part
             )
 
     def _file(self, index: int, request: Request, completion: Completion) -> None:

@@ -33,6 +33,7 @@ class Fleet:
         self.engine, self.platform = engine, platform
         self.endpoints: list[Endpoint] = []
         self._memory = memory
+        self._restarts = 0
         self._asleep = False
 
     @property
@@ -55,16 +56,24 @@ class Fleet:
 
         Returns the bytes that came back on this rank's device, None where nothing is measured. Idempotent.
         """
-        timers = timers or PhaseTimers()
-        if not isinstance(self.engine, SglangEngine) or self._asleep:
+        timers, engine = timers or PhaseTimers(), self.engine
+        if not isinstance(engine, SglangEngine) or self._asleep:
             return None
         if self._memory is not None:
             self._memory.mark()
+
+        def sleep() -> int:
+            engine.sleep()
+            return engine.num_restarts
+
         with timers("release"):
-            self._together(self.engine.sleep, "the engines to fall asleep")
+            restarts = sum(self._all_together(sleep, "the engines to fall asleep"))
         self._asleep = True
         if self._memory is None:
             return None
+        if restarts != self._restarts:
+            self._restarts = restarts
+            self._memory.expect_another()
         with timers("memory"):
             return self._together(self._memory.wait, "the engines' device memory")
 
@@ -133,13 +142,18 @@ class ReleasedMemory:
     """Whether an engine that fell asleep gave its device memory back: measured on the device, with a deadline.
 
     ``free_bytes``: of the device now. ``least``: bytes that must come back the first time (the engine's weights); from
-    then on it is what came back the first time, caches included, for a server's memory does not change its size.
+    then on it is what came back the first time, caches included, for a server's memory does not change its size while
+    it runs.
     """
 
     def __init__(self, free_bytes: Callable[[], int], least: int, timeout_s: float):
-        self._free_bytes, self._expected, self._timeout_s = free_bytes, least, timeout_s
+        self._free_bytes, self._least, self._timeout_s = free_bytes, least, timeout_s
         self._before: int | None = None
-        self._is_first = True
+        self.expect_another()
+
+    def expect_another(self) -> None:
+        """Forget what came back: a server that was started again sized its caches by what was free then."""
+        self._expected, self._is_first = self._least, True
 
     @classmethod
     def of_device(cls, device: torch.device, least: int, timeout_s: float) -> ReleasedMemory:

@@ -35,6 +35,14 @@ _OURS = {
     "host": "rollout.server.host",
     "context_length": "rollout.gen_max_length",
     **dict.fromkeys(
+        ("dp_size", "pp_size", "nnodes", "node_rank", "dist_init_addr"),
+        "rollout.engine_tp: every group of so many ranks has a server of one such replica",
+    ),
+    **dict.fromkeys(
+        ("tokenizer_worker_num", "api_key", "admin_api_key"),
+        "the trainer itself, which talks to one process of the server without a key",
+    ),
+    **dict.fromkeys(
         ("port", "nccl_port", "load_format", "skip_tokenizer_init", "custom_weight_loader", "weight_version"),
         "the trainer itself",
     ),
@@ -135,6 +143,17 @@ def check_model(spec: ModelSpec, device: torch.device, tp: int) -> None:
             f"rollout.engine=sglang on a CPU with rollout.engine_tp={tp}: SGLang pads the model's intermediate_size="
             f"{spec.ffn_hidden_size} to a multiple of {unit} there; set rollout.engine=embedded"
         )
+
+
+def check_allocator(environment: Mapping[str, str]) -> None:
+    """Raise ``UserError`` for a setting of PyTorch's CUDA allocator whose memory no server can map."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        value = environment.get(name, "")
+        if "expandable_segments:true" in value.lower().replace(" ", ""):
+            raise UserError(
+                f"{name}={value!r} with rollout.engine=sglang: weights reach the servers by CUDA IPC, which needs "
+                "ordinary segments; remove expandable_segments from it"
+            )
 
 
 def write_model_dir(model_path: str | Path, folder: Path, max_length: int) -> Path:

@@ -114,12 +114,14 @@ class Dispatcher:
         on_complete: Callable[[int, Completion], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         enough: Callable[[], bool] | None = None,
+        keep: bool = True,
     ) -> list[Completion]:
         """Draw one response per request, in request order; every engine has at most ``window`` of them at a time.
 
         Callbacks run in the calling thread: ``on_complete`` once for each request as it is done, ``on_progress`` about
         once a second, ``enough`` after each completion. When it returns True the requests that are not done are given
         up as empty completions with ``finish_reason="abort"``. That favours short responses: use it knowingly.
+        ``keep`` False: ``on_complete`` alone gets the responses, nothing of them is held here, and none is returned.
 
         Raises ``EngineError`` when a request is refused or fails ``max_attempts`` times, when no engine is in rotation
         for ``recover_timeout_s``, or at the step's deadline; nothing is left running then.
@@ -142,7 +144,8 @@ class Dispatcher:
                         on_progress(event)
                     continue
                 index, completion = event
-                results[index] = completion
+                if keep:
+                    results[index] = completion
                 if on_complete is not None:
                     on_complete(index, completion)
                 if enough is not None and enough():
@@ -229,6 +232,8 @@ class _Step:
         """Until every request is done, or none of them ever will be; nothing of the step runs afterwards."""
         keepers = [asyncio.create_task(self._keep(engine)) for engine in range(len(self.endpoints))]
         keepers.append(asyncio.create_task(self._report()))
+        for keeper in keepers:
+            keeper.add_done_callback(self._watch)
         try:
             await self._feed()
         finally:
@@ -256,7 +261,8 @@ class _Step:
         while not self.schedule.done and not self._stopped_early and self._error is None:
             self._changed.clear()
             while (assignment := self.schedule.next(time.monotonic())) is not None:
-                self._tasks[assignment.index] = asyncio.create_task(self._one(assignment))
+                task = self._tasks[assignment.index] = asyncio.create_task(self._one(assignment))
+                task.add_done_callback(self._watch)
             now = time.monotonic()
             if now >= deadline:
                 self._fail(
@@ -372,6 +378,11 @@ class _Step:
 
     def _count_done(self) -> int:
         return len(self.bodies.requests) - self.schedule.num_waiting - self.schedule.num_in_flight
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        """End the step with a task's error of a kind that nothing expects: it would wait for it until its deadline."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(f"generate: {error!r}{self._state()}")
 
     def _fail(self, message: str) -> None:
         if self._error is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,6 +69,8 @@ class SglangEngine:
         self.settings = settings or ServerSettings()
         self.device, self._dtype = torch.device(device), dtype
         arguments.check_model(spec, self.device, tp)
+        if self.device.type == "cuda":
+            arguments.check_allocator(os.environ)
         self._group = group or SoloGroup()
         assert tp % self._group.size == 0, f"{self._group.size} ranks cannot share the shards of tp={tp}"
         self.layout: Layout = sglang_layout(spec, tp=tp, device="cuda" if self.device.type == "cuda" else "cpu")
@@ -151,8 +154,9 @@ class SglangEngine:
         on_progress: Callable[[Progress], None] | None = None,
         enough: Callable[[], bool] | None = None,
         endpoints: Sequence[Endpoint] | None = None,
+        keep: bool = True,
     ) -> list[Completion]:
-        """Draw one response per request, in request order; see ``Dispatcher.generate`` for the last two callbacks.
+        """Draw one response per request, in request order; ``Dispatcher.generate`` says what callbacks and ``keep`` do.
 
         ``endpoints``: of other engines too, for a rank that dispatches for all; by default this engine's own.
         ``kept_mass`` is NaN where a filter is on and ``rollout.sglang.sampling_backend`` names another sampler than
@@ -180,6 +184,7 @@ class SglangEngine:
                 on_complete=on_complete,
                 on_progress=on_progress,
                 enough=enough,
+                keep=keep,
             )
         except EngineError as error:
             raise EngineError(f"{error}; {self._failure}" if self._failure else str(error)) from None

@@ -87,9 +87,9 @@ class Handover:
         self._parts: list[Part] = []
         self._queue: asyncio.Queue[Part | None] = asyncio.Queue()
         self._post = post
-        self._fed = feed(self._queue) if feed is not None else None
         self._done = 0
         buckets.allocate()
+        self._fed = feed(self._queue) if feed is not None else None
 
     @property
     def is_complete(self) -> bool:

@@ -9,6 +9,8 @@ Invariants, each asserted by a test of its name:
 * the samples of a prompt stay together: a chunk of them (all, unless there are fewer prompts than engines) goes to one
   engine, whose prefix cache then runs the prompt once, until another engine would stand idle;
 * a failed request goes to another engine while there is one, and at most ``max_attempts`` times in all.
+
+Giving out a request costs the logarithm of the engines, not their number: their loads are kept in heaps (``_ByLoad``).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -36,6 +38,48 @@ class _Engine:
     prompt_tokens: int = 0
     chunk: deque[int] = field(default_factory=deque)
     """What is left of the samples that belong together and go here next."""
+
+
+class _ByLoad:
+    """Engines by outstanding tokens, of which the expected part changes with every response that arrives.
+
+    Among engines with equally many requests in flight the one with the fewest prompt tokens is first whatever is
+    expected, so there is a heap for each such number, and only their heads are compared. Entries that are not true any
+    more are dropped when they come up.
+    """
+
+    def __init__(self) -> None:
+        self._heaps: dict[int, list[tuple[int, int]]] = {}
+        self._held: dict[int, tuple[int, int]] = {}
+
+    def put(self, engine: int, in_flight: int, prompt_tokens: int) -> None:
+        """Add an engine, or say what it has now."""
+        if self._held.get(engine) != (in_flight, prompt_tokens):
+            self._held[engine] = in_flight, prompt_tokens
+            heapq.heappush(self._heaps.setdefault(in_flight, []), (prompt_tokens, engine))
+
+    def remove(self, engine: int) -> None:
+        """Forget an engine."""
+        self._held.pop(engine, None)
+
+    def first(self, load: Callable[[int], float]) -> int | None:
+        """The engine with the smallest (``load(engine)``, engine); None without engines."""
+        heads = []
+        for in_flight, heap in list(self._heaps.items()):
+            while heap and self._held.get(heap[0][1]) != (in_flight, heap[0][0]):
+                heapq.heappop(heap)
+            if heap:
+                heads.append((load(heap[0][1]), heap[0][1]))
+            else:
+                del self._heaps[in_flight]
+        return min(heads)[1] if heads else None
+
+    def first_but(self, one: int, load: Callable[[int], float]) -> int | None:
+        """``first`` of the engines other than ``one``, which is among them."""
+        held = self._held.pop(one)
+        found = self.first(load)
+        self.put(one, *held)
+        return found
 
 
 class Schedule:
@@ -59,13 +103,18 @@ class Schedule:
         self.window, self.max_attempts = window, max_attempts
         self._lengths = list(prompt_lengths)
         self._engines = [_Engine() for _ in range(num_engines)]
+        self._num_inside = num_engines
+        self._open, self._holding = _ByLoad(), _ByLoad()  # engines with room; those of them with a chunk
+        self._stranded: list[tuple[int, int]] = []  # heap of (- length of the chunk, engine) of engines without room
         self._chunks = _chunks(prompts, num_engines)
-        self._retries: list[tuple[float, int]] = []  # (not before, index)
+        self._retries: list[tuple[float, int]] = []  # heap of (not before, index)
         self._avoid: dict[int, int] = {}
         self._attempts = [0] * len(prompts)
         self._where: dict[int, int] = {}
         self._finished: set[int] = set()
         self._expected, self._observed, self._observed_tokens = expected_new_tokens, 0, 0
+        for engine in range(num_engines):
+            self._file(engine)
 
     @property
     def num_waiting(self) -> int:
@@ -100,19 +149,16 @@ class Schedule:
         """Give out one request, or None when no engine may have one at time ``now`` (seconds on any clock)."""
         if self.num_waiting == 0:
             return None
-        candidates = self._open_engines()
-        while candidates:
-            engine = min(candidates, key=self.outstanding_tokens)
-            index = self._take(engine, now)
-            if index is not None:
-                held = self._engines[engine]
-                held.in_flight.add(index)
-                held.prompt_tokens += self._lengths[index]
-                self._where[index] = engine
-                self._attempts[index] += 1
-                return Assignment(index, engine, self._attempts[index])
-            candidates.remove(engine)
-        return None
+        engine = self._next_engine(now)
+        if engine is None:
+            return None
+        index, held = self._take(engine, now), self._engines[engine]
+        held.in_flight.add(index)
+        held.prompt_tokens += self._lengths[index]
+        self._where[index] = engine
+        self._attempts[index] += 1
+        self._file(engine)
+        return Assignment(index, engine, self._attempts[index])
 
     def wait_until(self) -> float | None:
         """When the earliest retry becomes due; None without retries."""
@@ -152,52 +198,93 @@ class Schedule:
     def take_out(self, engine: int) -> list[int]:
         """Give an engine nothing more; returns what it has in flight, each for the caller to take back."""
         held = self._engines[engine]
+        self._num_inside -= held.inside
         held.inside = False
         if held.chunk:
             self._chunks.appendleft(held.chunk)
             held.chunk = deque()
+        self._file(engine)
         return sorted(held.in_flight)
 
     def put_in(self, engine: int) -> None:
         """Let an engine have requests again."""
+        self._num_inside += not self._engines[engine].inside
         self._engines[engine].inside = True
+        self._file(engine)
 
     def is_in(self, engine: int) -> bool:
         """True when the engine may have requests."""
         return self._engines[engine].inside
 
-    def _open_engines(self) -> list[int]:
-        return [i for i, held in enumerate(self._engines) if held.inside and len(held.in_flight) < self.window]
+    def _has_room(self, engine: int) -> bool:
+        held = self._engines[engine]
+        return held.inside and len(held.in_flight) < self.window
 
-    def _take(self, engine: int, now: float) -> int | None:
+    def _file(self, engine: int) -> None:
+        """Put an engine where what it has now belongs; to be called after every change of it."""
+        held, room = self._engines[engine], self._has_room(engine)
+        for engines, belongs in ((self._open, room), (self._holding, room and held.chunk)):
+            if belongs:
+                engines.put(engine, len(held.in_flight), held.prompt_tokens)
+            else:
+                engines.remove(engine)
+        if held.chunk and not room:
+            heapq.heappush(self._stranded, (-len(held.chunk), engine))
+
+    def _next_engine(self, now: float) -> int | None:
+        """Of the engines with room that some waiting request may go to, the one with the fewest outstanding tokens."""
+        load = self.outstanding_tokens
+        lightest = self._open.first(load)
+        if lightest is None or self._chunks or self._longest_stranded() is not None:
+            return lightest
+        taker = lightest if self._retry_for(lightest, now) is not None else self._open.first_but(lightest, load)
+        able = [self._holding.first(load), taker if taker is not None and self._retry_for(taker, now) else None]
+        return min((e for e in able if e is not None), key=lambda e: (load(e), e), default=None)
+
+    def _take(self, engine: int, now: float) -> int:
         """First what failed elsewhere, then this engine's chunk, a new chunk, at last of a chunk that has no room."""
-        index = self._take_retry(engine, now)
-        if index is not None:
-            return index
+        retry = self._retry_for(engine, now, remove=True)
+        if retry is not None:
+            return retry[1]
         held = self._engines[engine]
         if not held.chunk and self._chunks:
             held.chunk = self._chunks.popleft()
         if held.chunk:
             return held.chunk.popleft()
-        full = [other.chunk for other in self._engines if other.chunk and len(other.in_flight) >= self.window]
-        return max(full, key=len).pop() if full else None
+        full = self._longest_stranded()
+        assert full is not None
+        index = self._engines[full].chunk.pop()
+        self._file(full)
+        return index
 
-    def _take_retry(self, engine: int, now: float) -> int | None:
-        others = any(held.inside for i, held in enumerate(self._engines) if i != engine)
-        for position, (due, index) in enumerate(sorted(self._retries)):
-            if due > now:
-                break
-            if not others or self._avoid.get(index) != engine:
-                self._retries = sorted(self._retries)
-                del self._retries[position]  # what is left is sorted, which is a heap
-                return index
+    def _longest_stranded(self) -> int | None:
+        """The engine without room that has the longest chunk."""
+        while self._stranded:
+            length, engine = self._stranded[0]
+            if len(self._engines[engine].chunk) == -length and not self._has_room(engine):
+                return engine
+            heapq.heappop(self._stranded)
         return None
+
+    def _retry_for(self, engine: int, now: float, *, remove: bool = False) -> tuple[float, int] | None:
+        """The earliest retry that is due and may go to an engine, which must be in rotation."""
+        passed_over = []
+        found = None
+        while self._retries and self._retries[0][0] <= now:
+            if self._num_inside == 1 or self._avoid.get(self._retries[0][1]) != engine:
+                found = heapq.heappop(self._retries) if remove else self._retries[0]
+                break
+            passed_over.append(heapq.heappop(self._retries))
+        for retry in passed_over:
+            heapq.heappush(self._retries, retry)
+        return found
 
     def _release(self, index: int) -> int | None:
         engine = self._where.pop(index, None)
         if engine is not None:
             self._engines[engine].in_flight.discard(index)
             self._engines[engine].prompt_tokens -= self._lengths[index]
+            self._file(engine)
         return engine
 
 
