@@ -68,9 +68,14 @@ def init_parallel(config: ParallelConfig, platform: Platform) -> ParallelGrid:
         )
         if platform.is_cuda:  # Megatron initialises parallel layers under this generator's states, and wants them there
             model_parallel_cuda_manual_seed(0)
+    return current_grid(config)
+
+
+def current_grid(config: ParallelConfig) -> ParallelGrid:
+    """This rank's place in the groups that Megatron has made for ``config``."""
     return ParallelGrid(
-        tp=tp,
-        pp=pp,
+        tp=config.tensor_model_parallel_size,
+        pp=config.pipeline_model_parallel_size,
         dp=mpu.get_data_parallel_world_size(),
         vpp=config.virtual_pipeline_model_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map
 
-from megatron_oreal.actor.parallel import ParallelGrid, destroy_parallel
+from megatron_oreal.actor.parallel import ParallelGrid, current_grid, destroy_parallel
 from megatron_oreal.config import ParallelConfig
 from megatron_oreal.planner.live import LiveStorages
 from megatron_oreal.platform import Platform
@@ -203,20 +203,10 @@ def _replacements(communicate_shapes: Callable[..., Any]) -> list[tuple[Any, str
 
 
 def _init_parallel(parallel: ParallelConfig) -> ParallelGrid:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         create_gloo_process_groups=False,
     )
-    return ParallelGrid(
-        tp=tp,
-        pp=pp,
-        dp=mpu.get_data_parallel_world_size(),
-        vpp=parallel.virtual_pipeline_model_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        pp_rank=mpu.get_pipeline_model_parallel_rank(),
-        dp_rank=mpu.get_data_parallel_rank(),
-        tp_group=mpu.get_tensor_model_parallel_group(),
-    )
+    return current_grid(parallel)
