@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -286,6 +287,14 @@ def test_temporaries_are_bounded_and_chunks_do_not_change_the_digest(monkeypatch
         world.digester.release()
         assert not world.digester._hasher.scratch
     assert all(report == reports[0] for report in reports)
+
+
+def test_threads_may_share_one() -> None:
+    world = World()
+    want = [world.vector(rank, 7).tolist() for rank in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda rank: world.vector(rank % 8, 7).tolist(), range(160))
+        assert all(each == want[number % 8] for number, each in enumerate(found))
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -82,7 +83,8 @@ class Digester:
 
     ``source_ranks`` and ``dest_ranks`` as for ``make_plan``. Values are hashed in ``wire_dtype``, what they are when
     they travel: parameters of another dtype are cast to it, which for a destination must be exact (NaNs then lose what
-    a cast does not keep). ``host_group``: a gloo group over all these ranks, by default the default group.
+    a cast does not keep). ``host_group``: a gloo group over all these ranks, by default the default group. Threads may
+    share one; on a GPU, threads that use one stream.
     """
 
     def __init__(
@@ -109,12 +111,14 @@ class Digester:
         )
         self._padding = {index: dest.shards[index].padding for index in self._dest_ranks}
         self._hasher = _Hasher(wire_dtype, cells.longest)
+        self._alone = threading.Lock()  # the hasher's scratch memory serves one thread at a time
         self._source_of = {rank: index for index, ranks in self._source_ranks.items() for rank in ranks}
         self._dest_of = {rank: index for index, ranks in self._dest_ranks.items() for rank in ranks}
 
     def release(self) -> None:
         """Drop the scratch memory (at most a chunk in int64 on each device used). Idempotent."""
-        self._hasher.scratch.clear()
+        with self._alone:
+            self._hasher.scratch.clear()
 
     def hash_source(self, rank: int, tensors: Mapping[str, Tensor], *, partial: bool = False) -> Tensor:
         """Digests of the cells of this rank's source shard, int64 [n] on its device; the host does not wait for it.
@@ -216,10 +220,11 @@ class Digester:
         if held is None or not held.places:
             return torch.zeros(0, dtype=torch.int64)
         hashes, rows = [], []
-        for row, (number, (param, rect)) in enumerate(zip(held.numbers.tolist(), held.places, strict=True)):
-            if not partial or param in tensors:
-                hashes.append(self._hasher.digest(tensors[param][to_slices(rect)], self._cells[number].rect))
-                rows.append(row)
+        with self._alone:
+            for row, (number, (param, rect)) in enumerate(zip(held.numbers.tolist(), held.places, strict=True)):
+                if not partial or param in tensors:
+                    hashes.append(self._hasher.digest(tensors[param][to_slices(rect)], self._cells[number].rect))
+                    rows.append(row)
         if not hashes:
             return torch.zeros(len(held.places), dtype=torch.int64)
         found = torch.stack(hashes)
