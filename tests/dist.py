@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_oreal.platform import shutdown_distributed
+
 TESTS = Path(__file__).parent
 
 
@@ -42,6 +44,8 @@ def _main() -> None:
     kwargs = pickle.loads((Path(folder) / "kwargs.pkl").read_bytes())
     result = getattr(importlib.import_module(module), function)(**kwargs)
     (Path(folder) / f"result{os.environ['RANK']}.pkl").write_bytes(pickle.dumps(result))
+    # gloo's threads let go of a collective's tensors after its end is known, which must not be after Python's end
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

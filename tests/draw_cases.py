@@ -221,7 +221,7 @@ def everything(folder: Path) -> dict[str, Any]:
         except EngineError as error:
             found["errors"].append(str(error))
     found["left alone"] = verifier_fails(platform, 2)
-    return found  # the world is broken now: every rank just ends
+    return found  # the world is broken now
 
 
 def wait_in_vain() -> tuple[str, float]:

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -173,9 +172,8 @@ def test_compiling_for_a_device_happens_once_and_is_kept(monkeypatch, tmp_path):
     assert how == "compiled on this machine"
     assert first.build_info["archs"] == "90a"
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
-    began = time.perf_counter()
+    monkeypatch.setattr(nvcc, "compile_library", lambda *_: pytest.fail("compiled again"))
     assert library._compiled_here((9, 0))[0].path == first.path
-    assert time.perf_counter() - began < 1
     assert [path.suffix for path in sorted((tmp_path / "cache").iterdir())] == [".lock", ".so"]
 
 

@@ -91,7 +91,7 @@ def test_an_unreachable_master_is_one_line_within_the_deadline() -> None:
     began = time.monotonic()
     with pytest.raises(UserError, match=r"node 0 was not reached within 1 s \(Connection refused\): start it with"):
         Meeting(Seat(2, 1, "127.0.0.1", free_port(), 1))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     with pytest.raises(UserError, match=r"--master-addr=no-such-host\.invalid"):
         Meeting(Seat(2, 1, "no-such-host.invalid", 29500, 0.5))
 

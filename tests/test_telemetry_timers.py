@@ -45,17 +45,19 @@ def test_a_name_with_a_slash_outside_its_parent_still_counts_as_covered_time():
 
 def test_collect_begins_a_new_step_and_loses_no_time_between_two():
     timers = PhaseTimers()
-    began = time.perf_counter()
+    before = time.perf_counter()
     timers.reset()
+    after = time.perf_counter()
     with timers("generate"):
         pass
     first = timers.collect()
     time.sleep(0.02)
+    least = time.perf_counter() - after
     second = timers.collect()
-    elapsed = time.perf_counter() - began
+    most = time.perf_counter() - before
     assert set(second) == {"time/other", "time/step"}
     assert second["time/other"] >= 0.02
-    assert first["time/step"] + second["time/step"] == pytest.approx(elapsed, abs=5e-3)
+    assert least <= first["time/step"] + second["time/step"] <= most
 
 
 def test_the_time_of_a_phase_that_raises_is_kept_and_the_device_left_alone():

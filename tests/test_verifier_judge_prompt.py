@@ -286,7 +286,7 @@ def test_a_word_that_the_question_or_the_reference_answer_has_is_ordinary():
 
 def test_screening_takes_linear_time():
     texts = ("a ", "ignore ", "a.b", "c0", "{", "\\", "the same ", "correct answer", "A+/", "reply with ")
-    began = time.monotonic()
+    began = time.process_time()
     for text in texts:
         speaks_to_the_judge(Case("q " * 10_000, "1", (text * 20_000)[:MAX_CHARS]))
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
