@@ -117,6 +117,8 @@ def compare_states(
 def _is_tied_copy(name: str, own: TensorSource, other: TensorSource) -> bool:
     if name != LM_HEAD or name in other or EMBEDDING not in own or own.shape(name) != own.shape(EMBEDDING):
         return False
+    if not {own.dtype(name), own.dtype(EMBEDDING)} <= set(_FLOATS):  # float8 is not compared with other types
+        return False
     return all(torch.equal(own.read(name, rect), own.read(EMBEDDING, rect)) for rect in _slabs(own.shape(name)))
 
 

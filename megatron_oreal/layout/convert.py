@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ import torch.distributed as dist
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import Rect, Shape, full_rect
 from megatron_oreal.layout.directory import NewDirectory, check_companions, together, write_companions
-from megatron_oreal.layout.families import EMBEDDING, FAMILY_LAYERS, LM_HEAD, SCORE, hf_tensors
+from megatron_oreal.layout.families import EMBEDDING, LM_HEAD, SCORE, hf_tensors
 from megatron_oreal.layout.files import writing
-from megatron_oreal.layout.hf import TensorSource, file_names, partition_files
+from megatron_oreal.layout.hf import TensorSource, file_names, partition_files, refuse_other_model, to_dtype
 from megatron_oreal.layout.megatron_checkpoint import HF_FOLDER
 from megatron_oreal.layout.megatron_writer import Section, ShardFile, Written, total_bytes, write_files, write_metadata
 from megatron_oreal.layout.model_spec import ModelSpec
 
-_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 OnBytes = Callable[[int], None]
@@ -46,8 +44,12 @@ class Team:
         return list(files[self.rank :: self.size])
 
 
-def check_weights(source: TensorSource, spec: ModelSpec, *, reward_model: bool, origin: str | Path) -> list[str]:
+def check_weights(
+    source: TensorSource, spec: ModelSpec, *, reward_model: bool, origin: str | Path, new_head: bool = False
+) -> list[str]:
     """Check every tensor's presence, shape and dtype; returns notes on what will not be taken over.
+
+    ``new_head``: a reward model is made of a policy, so its scalar head may be missing, and then starts at zero.
 
     Raises ``UserError`` for the first that is missing or does not fit, and for tensors that show that ``config.json``
     describes another model: layers beyond its last, biases or norms that its family lacks, a head that is not tied.
@@ -55,13 +57,13 @@ def check_weights(source: TensorSource, spec: ModelSpec, *, reward_model: bool, 
     expected = hf_tensors(spec, reward_model=reward_model)
     notes = []
     for name, shape in expected.items():
-        if name == SCORE and name not in source:
+        if name == SCORE and new_head and name not in source:
             notes.append(f"{origin}: no {SCORE!r}: the scalar head starts at zero")
         else:
             source.check(name, shape)
     left_out = [name for name in source.names() if name not in expected]
     for name in left_out:
-        _refuse_other_model(name, spec, origin)
+        refuse_other_model(name, spec, origin)
     if LM_HEAD in left_out and not reward_model:
         _check_tied_head(source, spec, origin)
         left_out.remove(LM_HEAD)
@@ -69,22 +71,6 @@ def check_weights(source: TensorSource, spec: ModelSpec, *, reward_model: bool, 
         some = ", ".join(map(repr, left_out[:3])) + (", ..." if len(left_out) > 3 else "")
         notes.append(f"{origin}: {len(left_out)} tensors are not of this model and are left out: {some}")
     return notes
-
-
-def _refuse_other_model(name: str, spec: ModelSpec, origin: str | Path) -> None:
-    match = _LAYER_TENSOR.fullmatch(name)
-    if match is None:
-        return
-    if int(match[1]) >= spec.num_layers:
-        raise UserError(
-            f"{origin}: tensor {name!r} is there, but config.json says num_hidden_layers={spec.num_layers}: they are "
-            "not of one model"
-        )
-    known = {part for weights in FAMILY_LAYERS.values() for weight in weights for part, _ in weight.parts}
-    if match[2] in known or match[2].endswith("proj.bias"):
-        raise UserError(
-            f"{origin}: tensor {name!r} is there, but config.json describes a {spec.family} model, which has none"
-        )
 
 
 def _check_tied_head(source: TensorSource, spec: ModelSpec, origin: str | Path) -> None:
@@ -100,17 +86,19 @@ def _check_tied_head(source: TensorSource, spec: ModelSpec, origin: str | Path) 
             )
 
 
-def only_dtype(source: TensorSource, names: Sequence[str], origin: str | Path) -> torch.dtype:
-    """Return the dtype of all these tensors; ``UserError`` when there are several."""
+def only_dtype(
+    source: TensorSource, names: Sequence[str], origin: str | Path, mend: str = "choose one with --dtype"
+) -> torch.dtype:
+    """Return the dtype of all these tensors; ``UserError`` with ``mend`` when there are several."""
     found = {name: source.dtype(name) for name in names if name in source}
     dtypes = sorted({str(dtype) for dtype in found.values()})
     if len(dtypes) != 1:
-        raise UserError(f"{origin}: the tensors have several dtypes ({', '.join(dtypes)}): choose one with --dtype")
+        raise UserError(f"{origin}: the tensors have several dtypes ({', '.join(dtypes)}): {mend}")
     return next(iter(found.values()))
 
 
-def _begin(out: NewDirectory, model_dir: Path, size: int) -> None:
-    check_companions(model_dir)
+def _begin(out: NewDirectory, model_dir: Path, reward_model: bool, size: int) -> None:
+    check_companions(model_dir, reward_model=reward_model)
     out.begin(size)
 
 
@@ -136,7 +124,7 @@ def save_megatron(
     out = NewDirectory(out_dir)
     first = team.rank == 0
     try:
-        together(None, lambda: _begin(out, model_dir, total_bytes(files, sections)) if first else None)
+        together(None, lambda: _begin(out, model_dir, reward_model, total_bytes(files, sections)) if first else None)
         written: Written = []
 
         together(None, lambda: written.extend(write_files(out.partial, team.mine(files), sections, on_bytes)))
@@ -194,7 +182,7 @@ def save_hf(
     first = team.rank == 0
     size = sum(math.prod(shape) for shapes in files.values() for shape in shapes.values()) * dtype.itemsize
     try:
-        together(None, lambda: _begin(out, model_dir, size) if first else None)
+        together(None, lambda: _begin(out, model_dir, reward_model, size) if first else None)
 
         def write() -> None:
             for name in team.mine(list(files)):
@@ -225,6 +213,6 @@ def stream_safetensors(
     with writing(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in tensors.items():
-            value = source.read(name, full_rect(shape)).to(dtype).contiguous()
+            value = to_dtype(source.read(name, full_rect(shape)), dtype, name).contiguous()
             file.write(value.view(torch.uint8).numpy().data)
             on_bytes(value.nbytes)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import Shape
+from megatron_oreal.layout.families import CLASSIFIER
 from megatron_oreal.layout.files import WRITE_MENDS, check_readable, read_json, reading, writing
 from megatron_oreal.layout.hf import INDEX_FILE
 
@@ -61,6 +62,8 @@ class NewDirectory:
             taken = os.path.lexists(self.path) and not _is_empty_directory(self.path)
         if taken:
             raise UserError(f"{self.path}: already exists: choose another directory, or remove it first")
+        if os.path.ismount(self.path):  # the rename at the end would fail
+            raise UserError(f"{self.path}: is a mount point, which cannot be replaced: name a directory inside it")
         with writing(self.partial):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.partial.exists():
@@ -169,17 +172,29 @@ def write_companions(
             shutil.copyfile(path, copy)
 
 
-def check_companions(model_dir: Path) -> None:
-    """See that what ``write_companions`` takes from ``model_dir`` can be read, before the weights are written."""
-    read_json(model_dir / "config.json")
-    for path in _copied_files(model_dir):
+def check_companions(model_dir: Path, *, reward_model: bool = False) -> None:
+    """See that what ``write_companions`` takes from ``model_dir`` can be read, before the weights are written.
+
+    Raises ``UserError`` too for a link to nowhere (a file of Hugging Face's cache that is gone), and for the config of
+    a classifier beside weights that are not a reward model's: whoever loads the two gets a random head.
+    """
+    path = model_dir / "config.json"
+    named = read_json(path).get("architectures")
+    if not reward_model and str(named[0] if isinstance(named, list) and named else named).endswith(CLASSIFIER):
+        raise UserError(f"{path}: architectures={named!r} is a reward model's, the weights are a language model's")
+    with reading(model_dir):
+        gone = [path for path in _companions(model_dir) if path.is_symlink() and not path.exists()]
+    for path in [*gone, *_copied_files(model_dir)]:
         check_readable(path)
 
 
 def _copied_files(model_dir: Path) -> list[Path]:
     with reading(model_dir):
-        paths = [path for pattern in COPIED_FILES for path in _matching(model_dir, pattern)]
-        return sorted({path for path in paths if path.is_file()})
+        return [path for path in _companions(model_dir) if path.is_file()]
+
+
+def _companions(model_dir: Path) -> list[Path]:
+    return sorted({path for pattern in COPIED_FILES for path in _matching(model_dir, pattern)})
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
@@ -195,11 +210,11 @@ def _write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
 
 
 def adapt_config(config: dict[str, Any], dtype: torch.dtype, reward_model: bool) -> dict[str, Any]:
-    """Set the architecture, and the dtype under the config's own key (``torch_dtype`` before transformers 5)."""
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    """Set the architecture, and the dtype under the config's own keys (``torch_dtype`` before transformers 5)."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
     if reward_model:
-        causal = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+        causal = config["architectures"][0].replace("ForCausalLM", CLASSIFIER)
         config |= {"architectures": [causal], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return config
 

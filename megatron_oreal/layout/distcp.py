@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import operator
 import pickle
 import re
 import struct
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.files import is_file, reading
@@ -64,11 +65,33 @@ def read_metadata(directory: Path) -> Metadata:
         data = path.read_bytes()
     try:
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        whole = isinstance(metadata, Metadata) and bool(metadata.storage_data) and _is_whole(metadata)
     except Exception as error:
         raise UserError(f"{path}: damaged ({one_line(error)})") from None
-    if not isinstance(metadata, Metadata) or not metadata.storage_data:
+    if not whole:
         raise UserError(f"{path}: damaged: it does not describe a checkpoint")
     return metadata
+
+
+def _is_whole(metadata: Metadata) -> bool:
+    """Whether all that is read of the metadata is there and of its type: a changed bit may leave a field out.
+
+    Raises ``AttributeError``, ``TypeError`` or ``ValueError`` for some that are not.
+    """
+    numbers: list[Any] = []
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            if not isinstance(entry.properties.dtype, torch.dtype):
+                return False
+            numbers += [*entry.size]
+            for chunk in entry.chunks:
+                for offset, size in zip(chunk.offsets, chunk.sizes, strict=True):
+                    numbers += [offset, size]
+    for index, info in metadata.storage_data.items():
+        if not (isinstance(index.fqn, str) and isinstance(info.relative_path, str)):
+            return False
+        numbers += [info.offset, info.length]
+    return all(operator.index(number) >= 0 for number in numbers)
 
 
 def read_object(path: Path, offset: int, length: int) -> Any:

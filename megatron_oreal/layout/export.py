@@ -65,7 +65,7 @@ def export_hf(
     first = rank == writers[0]
 
     try:
-        together(group, lambda: _begin(out, Path(model_dir), files, dtype) if first else None)
+        together(group, lambda: _begin(out, Path(model_dir), files, dtype, reward_model) if first else None)
         for wave in _waves(len(files), writers):
             target = Layout("safetensors", tuple(whole_tensors(files[number]) for number in wave))
             plan = make_plan(layout, source_ranks, target, dict(enumerate(wave.values())), cached=False)
@@ -83,8 +83,10 @@ def export_hf(
         out.abandon()  # without effect after the commit, and on ranks that did not begin
 
 
-def _begin(out: NewDirectory, model_dir: Path, files: list[dict[str, Shape]], dtype: torch.dtype) -> None:
-    check_companions(model_dir)
+def _begin(
+    out: NewDirectory, model_dir: Path, files: list[dict[str, Shape]], dtype: torch.dtype, reward_model: bool
+) -> None:
+    check_companions(model_dir, reward_model=reward_model)
     elements = sum(math.prod(shape) for shapes in files for shape in shapes.values())
     out.begin(required_bytes=elements * dtype.itemsize)
 

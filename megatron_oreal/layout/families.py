@@ -72,6 +72,8 @@ ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "llama",
 }
 """Architecture in ``config.json`` to family: the language models. Distilled and fine-tuned models keep theirs."""
+CLASSIFIER = "ForSequenceClassification"
+"""In the place of ``ForCausalLM`` in the architecture of a family's reward model."""
 
 
 def has_role(family: str, role: Role) -> bool:

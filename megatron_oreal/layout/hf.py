@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import Layout, Rect, Shape, ShardBuilder, ShardLayout, rect_size, to_slices
-from megatron_oreal.layout.families import hf_tensors, whole
+from megatron_oreal.layout.families import FAMILY_LAYERS, LM_HEAD, hf_tensors, whole
 from megatron_oreal.layout.files import check_readable, is_file, reading
 from megatron_oreal.layout.model_spec import ModelSpec
 
@@ -29,6 +30,7 @@ _OTHER_DTYPES = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
+_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _MAPPED_BYTES = 32 * 2**20
 """A mapped file's pages count as this process's memory: after so many bytes the files are mapped anew."""
 
@@ -141,8 +143,10 @@ class SafetensorsSource:
     def check(self, name: str, shape: Shape) -> None:
         """Raise ``UserError`` unless the tensor is there in this shape and in a dtype that can be read."""
         if name not in self._files:
+            hint = ", which does not say tie_word_embeddings=true" if name == LM_HEAD else ""
             raise UserError(
                 f"{self.model_dir}: tensor {name!r} {list(shape)} is missing: the weights do not fit its config.json"
+                f"{hint}"
             )
         found = self.shape(name)
         if found != shape:
@@ -203,9 +207,50 @@ def _read_index(path: Path) -> dict[str, str]:
     with reading(path):
         data = path.read_bytes()
     try:
-        return {str(name): str(file) for name, file in json.loads(data)["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        weight_map = {str(name): str(file) for name, file in json.loads(data)["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a safetensors index with a 'weight_map'") from None
+    for name, file in weight_map.items():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(f"{path}: says that {name!r} is in {file!r}, outside the directory: not this model's index")
+    return weight_map
+
+
+def refuse_other_model(name: str, spec: ModelSpec, origin: str | Path) -> None:
+    """Raise ``UserError`` for a tensor beyond the model that shows that ``config.json`` is not of these weights.
+
+    Those are layers beyond the last, and weights, biases and norms that the family lacks. What no family has passes.
+    """
+    match = _LAYER_TENSOR.fullmatch(name)
+    if match is None:
+        return
+    if int(match[1]) >= spec.num_layers:
+        raise UserError(
+            f"{origin}: tensor {name!r} is there, but config.json says num_hidden_layers={spec.num_layers}: they are "
+            "not of one model"
+        )
+    known = {part for weights in FAMILY_LAYERS.values() for weight in weights for part, _ in weight.parts}
+    if match[2] in known or match[2].endswith("proj.bias"):
+        raise UserError(
+            f"{origin}: tensor {name!r} is there, but config.json describes a {spec.family} model, which has none"
+        )
+
+
+def to_dtype(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return values in another dtype; ``UserError`` naming the tensor when a finite one would become infinite."""
+    result = values.to(dtype)
+    if torch.finfo(dtype).max >= torch.finfo(values.dtype).max or not result.numel():
+        return result
+    if all(math.isfinite(extreme) for extreme in result.aminmax()):  # without a copy, which isinf() would make
+        return result
+    beyond = result.isinf() & ~values.isinf()
+    if bool(beyond.any()):
+        worst = float(values[beyond].abs().max())
+        raise UserError(
+            f"tensor {name!r}: {worst:.4g} is beyond the range of {str(dtype).removeprefix('torch.')} (at most "
+            f"{torch.finfo(dtype).max:.4g}): choose bf16 or fp32"
+        )
+    return result
 
 
 def partition_files(tensors: dict[str, Shape], itemsize: int, max_shard_bytes: int) -> list[dict[str, Shape]]:

@@ -11,37 +11,47 @@ from torch import Tensor
 
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.blocks import ShardLayout, to_slices
-from megatron_oreal.layout.files import reading
-from megatron_oreal.layout.hf import SafetensorsSource, TensorSource
+from megatron_oreal.layout.families import hf_tensors
+from megatron_oreal.layout.files import is_file, reading
+from megatron_oreal.layout.hf import SafetensorsSource, TensorSource, refuse_other_model
 from megatron_oreal.layout.megatron_checkpoint import (
     HF_FOLDER,
     MegatronSource,
     is_megatron_checkpoint,
     load_stored_spec,
 )
-from megatron_oreal.layout.model_spec import ModelSpec
+from megatron_oreal.layout.model_spec import ModelSpec, load_model_spec
 
 
 def open_source(directory: str | Path, spec: ModelSpec) -> SafetensorsSource | MegatronSource:
     """Open a Hugging Face or a ``dist_checkpointing`` directory of a model of this shape; a context manager.
 
-    Raises ``UserError`` when a Megatron directory says that it is of another shape (sizes, rope, norm), or
-    holds tensors of another model.
+    Raises ``UserError`` when the directory's own config says that it is of another shape (sizes, rope, norm, tying),
+    or it holds tensors of another model.
     """
-    if not is_megatron_checkpoint(directory):
-        return SafetensorsSource(directory)
     directory = Path(directory)
-    with reading(directory / HF_FOLDER):
-        described = (directory / HF_FOLDER).is_dir()
-    if described:
-        stored = replace(load_stored_spec(directory), max_position_embeddings=spec.max_position_embeddings)
-        for field in fields(spec):
-            own, other = getattr(spec, field.name), getattr(stored, field.name)
-            if own != other:
-                raise UserError(
-                    f"{directory}: is of another model: {field.name} is {other}, the config's model has {own}"
-                )
-    return MegatronSource(directory, spec)
+    if is_megatron_checkpoint(directory):
+        with reading(directory / HF_FOLDER):
+            described = (directory / HF_FOLDER).is_dir()
+        if described:
+            _check_same_model(load_stored_spec(directory), spec, directory)
+        return MegatronSource(directory, spec)
+    if is_file(directory / "config.json"):
+        _check_same_model(load_model_spec(directory), spec, directory)
+    source = SafetensorsSource(directory)
+    known = hf_tensors(spec)
+    for name in source.names():
+        if name not in known:
+            refuse_other_model(name, spec, directory)
+    return source
+
+
+def _check_same_model(stored: ModelSpec, spec: ModelSpec, directory: Path) -> None:
+    stored = replace(stored, max_position_embeddings=spec.max_position_embeddings)
+    for field in fields(spec):
+        own, other = getattr(spec, field.name), getattr(stored, field.name)
+        if own != other:
+            raise UserError(f"{directory}: is of another model: {field.name} is {other}, the config's model has {own}")
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ from megatron_oreal.layout.blocks import (
 )
 from megatron_oreal.layout.distcp import METADATA_FILE, UNREADABLE, load_plain, one_line, read_metadata, read_object
 from megatron_oreal.layout.families import hf_tensors
-from megatron_oreal.layout.files import check_readable, is_file
+from megatron_oreal.layout.files import check_readable, is_file, reading
 from megatron_oreal.layout.megatron import megatron_layout
 from megatron_oreal.layout.model_spec import ModelSpec, load_model_spec
 
@@ -71,8 +71,17 @@ _CACHE_BYTES = 64 * 2**20
 
 
 def is_megatron_checkpoint(path: str | Path) -> bool:
-    """Whether a directory is one that ``dist_checkpointing`` wrote, perhaps a damaged one."""
-    return any(is_file(Path(path) / name) for name in (METADATA_FILE, CONFIG_FILE))
+    """Whether a directory is one that ``dist_checkpointing`` wrote, perhaps a damaged one.
+
+    ``metadata.json`` may be anybody's: Megatron-core's names the backend.
+    """
+    if is_file(Path(path) / METADATA_FILE):
+        return True
+    config = Path(path) / CONFIG_FILE
+    if not is_file(config):
+        return False
+    with reading(config):
+        return b"sharded_backend" in config.read_bytes()
 
 
 def global_layout(spec: ModelSpec, padded_vocab: int, reward_model: bool) -> ShardLayout:

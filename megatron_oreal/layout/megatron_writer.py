@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_oreal.layout.blocks import Block, Rect, Shape, full_rect, intersect, rect_size, shift, to_slices
 from megatron_oreal.layout.distcp import METADATA_FILE
 from megatron_oreal.layout.files import writing
-from megatron_oreal.layout.hf import TensorSource
+from megatron_oreal.layout.hf import TensorSource, to_dtype
 from megatron_oreal.layout.megatron import megatron_layout, padded_vocab_size
 from megatron_oreal.layout.megatron_checkpoint import (
     COMMON_FILE,
@@ -262,14 +262,15 @@ def _open(path: Path) -> Iterator[_Stream]:
 def _value(chunk: Chunk, section: Section) -> Tensor:
     if section.keep_padding and chunk.key in VOCABULARY_KEYS:
         assert isinstance(section.source, MegatronSource)
-        return section.source.read_stored(chunk.key, chunk.rect).to(section.dtype)
+        return to_dtype(section.source.read_stored(chunk.key, chunk.rect), section.dtype, chunk.key)
     shape = [stop - start for start, stop in chunk.rect]
     value = torch.zeros(shape, dtype=section.dtype)
     dims = len(chunk.blocks[0].dest) if chunk.blocks else len(shape)
     inner = value[0] if len(shape) > dims else value
     for block in chunk.blocks:
         if block.tensor in section.source:
-            inner[to_slices(block.dest)].copy_(section.source.read(block.tensor, block.source))
+            read = section.source.read(block.tensor, block.source)
+            inner[to_slices(block.dest)].copy_(to_dtype(read, section.dtype, block.tensor))
     return value
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_oreal.errors import UserError
-from megatron_oreal.layout.families import ARCHITECTURES, has_role, hf_tensors
+from megatron_oreal.layout.families import ARCHITECTURES, CLASSIFIER, has_role, hf_tensors
 from megatron_oreal.layout.files import is_file, read_json
 
-_CLASSIFIER = "ForSequenceClassification"
 FAMILIES: dict[str, str] = ARCHITECTURES | {
-    name.replace("ForCausalLM", _CLASSIFIER): family for name, family in ARCHITECTURES.items()
+    name.replace("ForCausalLM", CLASSIFIER): family for name, family in ARCHITECTURES.items()
 }
 """Architecture to family. A sequence classifier with one label is a reward model: the same backbone, a scalar head."""
 
@@ -92,7 +91,10 @@ def load_model_spec(model_dir: str | Path) -> ModelSpec:
     """
     path = Path(model_dir) / "config.json"
     if not is_file(path):
-        raise UserError(f"model directory {str(model_dir)!r} has no config.json: give a Hugging Face model directory")
+        seen_from = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+        raise UserError(
+            f"model directory {str(model_dir)!r} has no config.json{seen_from}: give a Hugging Face model directory"
+        )
     return model_spec_from_config(read_json(path), str(path))
 
 
@@ -114,7 +116,7 @@ def model_spec_from_config(config: dict[str, Any], origin: str = "config.json") 
         vocab_size=_size(config, "vocab_size", origin),
         max_position_embeddings=_size(config, "max_position_embeddings", origin),
         norm_eps=_number(config, "rms_norm_eps", origin, 1e-6),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=_flag(config, "tie_word_embeddings", origin),
         qkv_bias=has_role(family, "qkv_bias"),
         qk_norm=has_role(family, "q_norm"),
         rope=_rope_spec(config, origin),
@@ -160,6 +162,14 @@ def _number(config: dict[str, Any], key: str, origin: str, default: float | None
     return float(value)
 
 
+def _flag(config: dict[str, Any], key: str, origin: str) -> bool:
+    """Return a boolean; False where the key is absent or null, as in transformers' classes of these families."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{origin}: {key}={value!r} is neither true nor false")
+    return bool(value)
+
+
 def _refuse_unsupported(config: dict[str, Any], architecture: str, origin: str) -> None:
     family = FAMILIES[architecture]
     if config.get("hidden_act", "silu") != "silu":
@@ -170,7 +180,7 @@ def _refuse_unsupported(config: dict[str, Any], architecture: str, origin: str) 
         raise UserError(f"{origin}: attention_bias=true is not supported for {family}")
     named = config.get("id2label") or {"0": "", "1": ""}  # transformers' default is two labels
     labels = len(named) if isinstance(named, dict) else repr(named)
-    if architecture.endswith(_CLASSIFIER) and labels != 1:
+    if architecture.endswith(CLASSIFIER) and labels != 1:
         raise UserError(f"{origin}: a {architecture} of {labels} labels is not a reward model: it needs 1")
     if config.get("mlp_bias"):
         raise UserError(f"{origin}: mlp_bias=true is not supported")
@@ -178,16 +188,27 @@ def _refuse_unsupported(config: dict[str, Any], architecture: str, origin: str) 
         raise UserError(f"{origin}: quantization_config is not supported: give an unquantized model")
 
 
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
 def _rope_spec(config: dict[str, Any], origin: str) -> RopeSpec:
     """Read ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (earlier versions)."""
-    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
+    rope: dict[str, Any] = {}
     for section in ("rope_scaling", "rope_parameters"):
         values = config.get(section) or {}
         if not isinstance(values, dict):
             raise UserError(f"{origin}: {section}={values!r} is not an object")
+        if any(isinstance(value, dict) for value in values.values()):
+            raise UserError(f"{origin}: {section} of each layer type is not supported: only one for all layers")
+        if rope and values and _rope_type(rope) != _rope_type(values):
+            raise UserError(
+                f"{origin}: rope_scaling says {_rope_type(rope)!r} and rope_parameters {_rope_type(values)!r}: keep one"
+            )
         rope |= values
-    rope["rope_theta"] = rope["rope_theta"] or config.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    stated = [holder["rope_theta"] for holder in (rope, config) if holder.get("rope_theta") is not None]
+    rope["rope_theta"] = stated[0] if stated else 10000.0
+    kind = _rope_type(rope)
     theta = _number(rope, "rope_theta", origin)
     if (rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0) != 1.0:
         raise UserError(f"{origin}: partial_rotary_factor is not supported: only 1.0")

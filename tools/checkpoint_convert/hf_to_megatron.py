@@ -49,7 +49,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         def prepare(team: Team) -> tuple[list[ShardFile], SafetensorsSource, Section]:
             files = plan_files(spec, target, files_per_shard=-(-team.size // (target.tp * target.pp)))
             source = SafetensorsSource(arguments.hf)
-            for note in check_weights(source, spec, reward_model=reward_model, origin=arguments.hf):
+            options = {"reward_model": reward_model, "new_head": arguments.reward_model}
+            for note in check_weights(source, spec, origin=arguments.hf, **options):
                 shared.say(f"note: {note}")
             if arguments.dtype:
                 dtype = shared.torch_dtype(arguments.dtype)
@@ -86,9 +87,10 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _is_classifier(model_dir: Path) -> bool:
     """Whether the model is a reward model by its own config."""
+    from megatron_oreal.layout.families import CLASSIFIER
     from megatron_oreal.layout.files import read_json
 
-    return str(read_json(model_dir / "config.json")["architectures"][0]).endswith("ForSequenceClassification")
+    return str(read_json(model_dir / "config.json")["architectures"][0]).endswith(CLASSIFIER)
 
 
 if __name__ == "__main__":

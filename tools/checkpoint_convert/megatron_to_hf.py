@@ -37,7 +37,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     shared.check_directories(arguments.megatron, arguments.out)
     from megatron_oreal.layout.blocks import full_rect
     from megatron_oreal.layout.convert import only_dtype, plan_hf_files, save_hf
-    from megatron_oreal.layout.megatron_checkpoint import HF_FOLDER, MegatronSource
+    from megatron_oreal.layout.megatron_checkpoint import HF_FOLDER, VOCABULARY_KEYS, MegatronSource
 
     began = time.monotonic()
     with shared.team() as team:
@@ -45,6 +45,12 @@ def _convert(arguments: argparse.Namespace) -> int:
         def prepare() -> MegatronSource:
             source = shared.open_megatron(arguments.megatron, arguments.hf_config)
             source.check_all()
+            left_out = (source.spec.vocab_size, source.padded_vocab), (0, source.spec.hidden_size)
+            if team.rank == 0 and source.read_stored(VOCABULARY_KEYS[0], left_out).any():
+                shared.say(
+                    f"note: embeddings beyond vocab_size={source.spec.vocab_size} are not zero: see that config.json "
+                    "is this model's"
+                )
             return source
 
         source = shared.prepare(prepare)

@@ -105,8 +105,10 @@ def _sections(
     from megatron_oreal.layout.megatron_writer import Section, padded_rows
 
     keep = source.padded_vocab == source.spec.vocab_size + padded_rows(source.spec, target)
-    stored = only_dtype(source, source.names(), arguments.megatron)
-    dtype = shared.torch_dtype(arguments.dtype) if arguments.dtype else stored
+    if arguments.dtype:
+        dtype = shared.torch_dtype(arguments.dtype)
+    else:
+        dtype = only_dtype(source, source.names(), arguments.megatron, "choose one with --weights-only --dtype")
     sections = [Section(source.prefix, source, dtype, keep)]
     if arguments.weights_only:
         return sections, {"checkpoint_version": 3.0, "iteration": 0}
@@ -117,7 +119,8 @@ def _sections(
         )
     for name in source.optimizer_states:
         state = source.state(name)
-        sections.append(Section(state.prefix, state, only_dtype(state, state.names(), arguments.megatron), keep))
+        dtype = only_dtype(state, state.names(), f"{arguments.megatron}: {name}", "leave it out with --weights-only")
+        sections.append(Section(state.prefix, state, dtype, keep))
     return sections, source.common_state()
 
 
