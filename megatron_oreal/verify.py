@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = parser.add_argument_group("one answer: prints one JSON object")
     one.add_argument("--gold", metavar="TEXT", help="the reference answer")
     response = one.add_mutually_exclusive_group()
-    response.add_argument("--response", metavar="TEXT")
+    response.add_argument("--response", metavar="TEXT", help="the response, its stop word included")
     response.add_argument("--response-file", metavar="FILE", help="the response as UTF-8 text; - reads standard input")
     one.add_argument("--question", metavar="TEXT", default="", help="what the judge is told was asked")
     many = parser.add_argument_group("a file of answers: writes one row for each row, in the same order")
@@ -243,13 +243,15 @@ def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row) of a JSON-lines file; blank lines are skipped. ``UserError`` with file:line."""
     if not source.is_file():
         raise UserError(f"--file {str(source)!r}: no such file (a pipe cannot be read twice)")
+    number = 0
     try:
-        with source.open(encoding="utf-8-sig") as lines:  # some editors begin a file with a byte order mark
+        with source.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse_row(line, f"{source}:{number}")
-    except UnicodeDecodeError:
-        raise UserError(f"{source}: not UTF-8 text") from None
+                # Some editors begin a file with a byte order mark.
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    yield number, _parse_row(text, f"{source}:{number}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}:{number}: not UTF-8 text (byte {error.start} of the line)") from None
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror})") from None
 

@@ -173,6 +173,12 @@ def test_unknown_template_names_and_directories_are_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_template_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "t.jinja").write_bytes("Réponds: {{ messages[0].content }}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"model\.chat_template='.*t\.jinja' is not readable UTF-8 text"):
+        load_template(str(tmp_path / "t.jinja"))
+
+
 def test_long_prompts_are_dropped_with_a_count(tokenizer):
     chat = ChatTemplate(tokenizer, stop_word="<|im_end|>", template=OWN)
     short, long = Prompt("s", "1+1?", "2"), Prompt("l", "x" * 100, "2")

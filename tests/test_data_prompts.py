@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,6 +116,8 @@ def test_malformed_json_is_refused_with_file_and_line(tmp_path):
     assert f"{path} line 2: malformed JSON" in refused(path)
     path.write_text("[1, 2]\n")
     assert f"{path} line 1: expects a JSON object with named columns, found list" in refused(path)
+    path.write_text("[" * 100_000 + "\n")
+    assert f"{path} line 1: malformed JSON" in refused(path)
     path.write_bytes(b'{"question": "\xff"}\n')
     assert f"{path} line 1: not UTF-8" in refused(path)
 
@@ -125,6 +130,21 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
     assert "not a readable parquet file" in refused(tmp_path / "p.parquet")
     assert "save_to_disk" in refused(tmp_path)
     assert "no prompts" in refused(write_lines(tmp_path / "empty.jsonl", []))
+    assert "cannot be read (File name too long)" in refused("n" * 300 + ".jsonl")
+
+
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
+    """Root may read everything; so the system call is refused instead."""
+    path = write_lines(tmp_path / "p.jsonl", ROWS)
+    opened = Path.open
+
+    def refusing(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    assert refused(path) == f"{path}: cannot be read (Permission denied)"
 
 
 def test_an_unreachable_hub_is_one_clear_line(monkeypatch, tmp_path):

@@ -103,10 +103,10 @@ def test_a_killed_process_leaves_the_former_file(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"prompt_id": "a", "verdict": "maybe"}'])
+@pytest.mark.parametrize("line", [b"[]", b"{}", b'{"prompt_id": "a", "verdict": "maybe"}', b"\xff\xfe{\x00"])
 def test_a_record_of_something_else_is_refused_with_its_line(tmp_path, line):
     path = tmp_path / "step.jsonl"
-    path.write_text(line + "\n")
+    path.write_bytes(line + b"\n")
     with pytest.raises(UserError, match="line 1: not a trajectory"):
         list(read_trajectories(path))
     with pytest.raises(UserError, match="no such trajectory file"):

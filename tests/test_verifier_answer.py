@@ -41,6 +41,14 @@ FINISH = ["<conclude>", "**Final Answer**", "</think>"]
         ("the answer to the question must be 7 because 3 is odd", "7"),
         ("The correct option is (C).", "(C)"),
         ("The answers are 2 and 3.", "2 and 3"),
+        ("The answers are $2$ and $3$.", "$2$ and $3$"),
+        ("The answer is \\(2\\), \\(3\\) or \\(5\\), since 7 fails.", "\\(2\\), \\(3\\) or \\(5\\)"),
+        ("The answers are $$2$$ and $$3$$.", "$$2$$ and $$3$$"),
+        ("The answer is $7$ (or $8$).", "$7$ (or $8$)"),
+        ("The answer is $7$ apples and 8 pears.", "$7$ apples and 8 pears"),
+        ("The answer is $7$ million.", "$7$ million"),
+        ("The answer is $7$ and this is unique.", "7"),
+        ("The answer is $2n$ for all $n \\ge 1$.", "2n"),
         ("Answer: $\\$1,250$ in all", "\\$1,250"),
         ("Could it be 12?", None),
         ("There are 5 of them and their product is what was asked for", None),
@@ -103,6 +111,13 @@ def test_a_value_that_a_response_ends_on_is_taken_whole_or_not_at_all(text, expe
         ("Answer: 8, not 7", "8"),
         ("\\boxed{7} is the answer. It is not 8.", "7"),
         ("The answer is 7. This is correct.", "7"),
+        ("\\boxed{7}\n\nWait, that is wrong. The answer is 8.", "8"),
+        ("$\\boxed{7}$. Actually, no. It should be 8.", None),
+        ("\\[\\boxed{7}\\]\n\nHmm, I made an error: it is 8.", None),
+        ("\\boxed{7}\n\nCorrection: \\boxed{8}", "8"),
+        ("\\boxed{7}. Many get 8, but that is wrong.", "7"),
+        ("\\boxed{7}.\n\nIt is wrong to assume that order matters.", "7"),
+        ("\\boxed{7}. Wait, let me check: 3 + 4 = 7. Actually, the formula gives it at once.", "7"),
     ],
 )
 def test_an_answer_that_is_denied_or_taken_back_is_none(text, expected):
@@ -147,7 +162,7 @@ def test_white_space_after_the_answer_does_not_hide_it():
     "unit",
     [
         "\\boxed{", "\\boxed{}", "\\boxed{1},", "{", "answer is ", "9", "\\", "1,", "\\frac{1}", "<|", "$", "(", "a ",
-        "not ", "1 and ", "7 is ", "\\(", "x_",
+        "not ", "1 and ", "\\boxed{1}wait, ", "\n", "\\boxed{1}\n", "7 is ", "\\(", "x_",
     ],
 )  # fmt: skip
 def test_a_megabyte_of_hostile_text_is_read_in_linear_time(unit, request):

@@ -89,6 +89,27 @@ EQUAL = {
         ("A", "A"), ("(A)", "A"), ("A.", "(A)"), ("\\text{A}", "A"), ("\\textbf{(B)}\\ 12", "B"), ("(b)", "B"),
         ("C) 5 apples", "C"), ("Option D", "D"), ("A, C", "C, A"), ("Yes", "yes"), ("\\text{Evelyn}", "Evelyn"),
         ("A", "(A) 5"), ("5", "\\textbf{(A)}\\ 5"), ("even", "\\text{even}"), ("x", "x"),
+        ("\\text{Option D}", "D"), ("\\text{Choice (D)}", "D"), ("\\textbf{\\text{Evelyn}}", "Evelyn"),
+    ],
+    "sizes, rows and wrappers": [
+        ("\\Large 12", "12"), ("{\\large\\bf 12}", "12"), ("\\bold{12}", "12"), ("\\mathbf{\\text{12}}", "12"),
+        ("\\hspace{1mm}12", "12"), ("\\therefore 12", "12"), ("\\begin{aligned} x &= 12 \\end{aligned}", "12"),
+        ("\\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
+        ("\\begin{pmatrix}1\\cr 2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
+        ("\\begin{psmallmatrix}1\\\\2\\end{psmallmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
+        ("\\frac{1}{2}\\begin{pmatrix}1&0\\\\0&-1\\end{pmatrix}", "\\begin{pmatrix}0.5&0\\\\0&-\\frac12\\end{pmatrix}"),
+        ("-\\begin{pmatrix}1\\\\-2\\end{pmatrix}", "\\begin{pmatrix}-1\\\\2\\end{pmatrix}"),
+        ("\\overline{AB} = 12", "12"), ("\\overrightarrow{b}+\\overrightarrow{a}", "\\vec{a}+\\vec b"),
+        ("13 \\text{ (cm)}", "13"), ("16\\,\\text{m}\\cdot\\text{s}^{-1}", "16 \\text{ m/s}"),
+        ("3\\!:\\!55 \\text{ p.m.}", "\\text{3:55 PM}"), ("6 \\text{ am}", "6:00 a.m."),
+        ("6 AM", "6 a.m."), ("5ma", "5am"), ("\\approx 0.667", "0.667"),
+    ],
+    "ranges of variables": [
+        ("f(x)=2x-1 \\text{ for all } x \\in \\mathbb{R}", "f(x) = 2x-1"), ("f(x)=x, \\forall x", "f(x)=x"),
+        ("x \\text{ for all real numbers } x", "f(x)=x"), ("k\\pi, k \\in \\mathbb{Z}", "k\\pi"),
+        ("k\\pi \\quad (k \\in \\mathbb{Z})", "x = k\\pi, k\\in\\mathbb Z"),
+        ("k\\pi \\text{ where } k \\text{ is an integer}", "k\\pi, k\\in\\mathbb Z"),
+        ("f(x)=x+c, c \\in \\mathbb{R}", "f(x)=x+c"), ("f(x)=cx \\text{ for some constant } c", "cx"),
     ],
 }  # fmt: skip
 
@@ -202,6 +223,12 @@ def test_no_answer_is_wrong_and_says_so():
     assert (check(None, "5").verdict, check(None, "5").reason) == (WRONG, "no answer")
     judgement = judge_response("I do not know.", True, "5")
     assert (judgement.verdict, judgement.reason, judgement.answer) == (WRONG, "no answer", None)
+
+
+def test_a_statement_of_two_formulas_is_a_list_of_both():
+    response = "So the solutions follow. The answers are $2$ and $3$."
+    assert judge_response(response, True, "2").verdict is WRONG
+    assert judge_response(response, True, "3, 2").verdict is CORRECT
 
 
 def test_a_truncated_response_is_wrong_whatever_it_says():

@@ -149,7 +149,9 @@ def test_a_file_that_is_not_text_is_said(capsys, tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"5\xff")
     assert "is not UTF-8 text (byte 1)" in refused(capsys, "--gold", "5", "--response-file", path)
-    assert refused(capsys, "--file", path, "--out", tmp_path / "y") == f"{path}: not UTF-8 text"
+    assert refused(capsys, "--file", path, "--out", tmp_path / "y") == f"{path}:1: not UTF-8 text (byte 1 of the line)"
+    path.write_bytes(b'{"gold_answer": "1", "response": "1"}\r\n\r\n{"gold_answer": "\xe9"}\n')
+    assert refused(capsys, "--file", path, "--out", tmp_path / "y") == f"{path}:3: not UTF-8 text (byte 17 of the line)"
 
 
 def test_a_file_gives_one_row_for_each_row_in_order_and_totals(capfd, tmp_path):

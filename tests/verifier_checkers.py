@@ -35,6 +35,10 @@ def on_demand(text, stopped, gold, finish_words, stop_words):
     return judge_response(f"\\boxed{{{os.getpid()}}}", stopped, gold)
 
 
+def no_verdict(text, stopped, gold, finish_words, stop_words):
+    raise KeyError("broken checker")
+
+
 def modules(text, stopped, gold, finish_words, stop_words):
     import sys
 

@@ -144,10 +144,13 @@ def template_names() -> list[str]:
 
 
 def load_template(name_or_path: str) -> str:
-    """Return the Jinja source of a file, or of a packaged template by its name. ``UserError`` when there is neither."""
+    """Return the Jinja source of a file, or of a packaged template by its name. ``UserError`` when there is none."""
     for path in (Path(name_or_path), TEMPLATES / f"{name_or_path}.jinja"):
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"model.chat_template={name_or_path!r} is not readable UTF-8 text ({error})") from None
     raise UserError(
         f"model.chat_template={name_or_path!r} is neither a file nor a packaged template"
         f"{nearest(name_or_path, template_names())}"

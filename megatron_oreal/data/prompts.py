@@ -83,6 +83,13 @@ def load_examples(source: str | Path) -> list[Example]:
 
 def _rows(source: str) -> Iterator[_Row]:
     """Yield the records of any supported source, each with the place it came from."""
+    try:
+        yield from _source(source)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror or _one_line(error)})") from None
+
+
+def _source(source: str) -> Iterator[_Row]:
     path = Path(source)
     if path.is_file():
         if path.suffix in JSON_SUFFIXES:
@@ -95,7 +102,8 @@ def _rows(source: str) -> Iterator[_Row]:
         return _saved_data_set(Path(directory), split)
     match = _HUB_NAME.fullmatch(source)
     if match is None or path.suffix in (*JSON_SUFFIXES, ".parquet"):
-        raise UserError(f"{source}: no such file or directory")
+        seen_from = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+        raise UserError(f"{source}: no such file or directory{seen_from}")
     return _hub_data_set(match["name"], match["split"] or "train")
 
 
@@ -113,7 +121,7 @@ def _json_lines(path: Path) -> Iterator[_Row]:
                 yield _Row(str(path), "line", number, json.loads(line.decode("utf-8-sig")))
             except UnicodeDecodeError:
                 raise UserError(f"{path} line {number}: not UTF-8 text") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path} line {number}: malformed JSON ({error}): expects one JSON object a line"
                 ) from None

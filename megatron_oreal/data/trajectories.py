@@ -70,7 +70,7 @@ def read_trajectories(path: str | Path) -> Iterator[tuple[str, Trajectory]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such trajectory file")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 yield _from_record(json.loads(line))

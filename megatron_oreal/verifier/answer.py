@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from megatron_oreal.verifier.ending import denied, final_value, taken_back
+from megatron_oreal.verifier.ending import box_taken_back, denied, final_value, taken_back
 
 MAX_CONCLUSION_CHARS = 50_000
 _MAX_STATEMENT_CHARS = 1_000
@@ -28,6 +28,12 @@ _NO_STATEMENT = re.compile(
     r"(?:(?:the|an?|correct|right|final)\s+){0,2}\Z",
     re.IGNORECASE,
 )
+_CONTINUED = re.compile(
+    r"[\s*_]{0,4}(?:(?:[A-Za-z]{1,12}\s){0,2}(?:[,;&]\s*(?:and\b|or\b)?|\(?(?:and|or)\b|plus\b|minus\b|times\b)"
+    r"[\s*_]{0,4}(?:\$|\\[(\[]|-?\d)|(?:dozen|hundred|thousand|million|billion|trillion)\b)",
+    re.IGNORECASE,
+)
+"""Behind the formula that a statement begins with: what makes it a list, a sum or a multiple, and no whole answer."""
 _STATEMENT_END = re.compile(r"\.(?:\s|$)|\n|,?\s(?:because|since|where|which|as)\s|,\s(?:not|rather than)\s|$")
 
 
@@ -59,8 +65,10 @@ def extract_answer(text: str, finish_words: Sequence[str] = (), stop_words: Sequ
     boxes, unclosed = _boxes(text)
     while boxes and not text[boxes[-1][1] : boxes[-1][2]].strip():
         boxes.pop()
-    if boxes and denied(text[max(0, boxes[-1][0] - 60) : boxes[-1][0]], text[boxes[-1][3] : boxes[-1][3] + 200]):
-        return _last_statement(text[boxes[-1][3] :])
+    if boxes:
+        before, after = text[max(0, boxes[-1][0] - 60) : boxes[-1][0]], text[boxes[-1][3] :]
+        if denied(before, after) or box_taken_back(after):
+            return _last_statement(after)
     return _last_boxes(text, boxes) or _last_statement(text) or (None if unclosed else final_value(text))
 
 
@@ -116,16 +124,21 @@ def _last_statement(text: str) -> str | None:
         if _NO_STATEMENT.search(text[max(0, statement.start() - 40) : statement.start()]):
             continue
         rest = text[statement.end() : statement.end() + _MAX_STATEMENT_CHARS]
-        for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-            if rest.startswith(opening) and (end := _unescaped(closing).search(rest, len(opening))):
-                rest = rest[len(opening) : end.start()]
-                break
-        else:
-            end_match = _STATEMENT_END.search(rest)
-            rest = rest[: end_match.start()] if end_match else rest
+        if (formula := _whole_formula(rest)) is not None:
+            rest = formula
+        elif end := _STATEMENT_END.search(rest):
+            rest = rest[: end.start()]
         if stated := rest.strip(" \t*_`"):
             after = text[statement.end() :].partition(stated)[2]
             return None if denied("", after) or taken_back(after) else stated
+    return None
+
+
+def _whole_formula(text: str) -> str | None:
+    """Return the content of the formula that ``text`` begins with, None without one or where it goes on behind it."""
+    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if text.startswith(opening) and (end := _unescaped(closing).search(text, len(opening))):
+            return None if _CONTINUED.match(text, end.end()) else text[len(opening) : end.start()]
     return None
 
 

@@ -55,6 +55,14 @@ _TAKEN_BACK = re.compile(
     r"a mistake|not right)|(?:i|we) (?:made|was|were) (?:a mistake|an error|wrong)|wait, no)",
     re.IGNORECASE,
 )
+_BOX_TAKEN_BACK = re.compile(
+    r"(?:\A|[.!?\n])[\s$*)\]}\\]*(?:(?:wait|hm+|oh|no|sorry|but)\b[\s,.!:–—-]*)*"
+    r"(?:\bactually,?\s+(?:no\b|(?:it|that|the answer)\s+(?:should|must)\b)|\bscratch that|\bcorrection:|\bwait, no\b|"
+    r"\b(?:that|this|it) (?:is|was) (?:wrong|incorrect|a mistake|not right)\b(?! to\b)|"
+    r"\b(?:i|we) (?:made (?:a mistake|an error)|(?:was|were) wrong)\b)",
+    re.IGNORECASE,
+)
+"""At the start of a sentence only: behind a box others' mistakes are told as well ("many get 8, but that is wrong")."""
 
 
 def denied(before: str, after: str) -> bool:
@@ -65,6 +73,11 @@ def denied(before: str, after: str) -> bool:
 def taken_back(after: str) -> bool:
     """Tell whether what follows a stated answer takes it back: "Actually no: it is 8"."""
     return bool(_TAKEN_BACK.search(after[:2_000]))
+
+
+def box_taken_back(after: str) -> bool:
+    """Tell whether a sentence behind a box takes its content back."""
+    return bool(_BOX_TAKEN_BACK.search(re.sub(r"\s*\n\s*", "\n", after[:2_000].strip())))
 
 
 def final_value(text: str) -> str | None:

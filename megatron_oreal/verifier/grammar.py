@@ -62,6 +62,7 @@ _GREEK = frozenset((
 _NUMBER = re.compile(r"(\d*)\.(\d*)\\overline\{(\d+)\}|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?!\d))?")
 _MIXED_PART = re.compile(r"\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\\frac\s*(\d)(\d)|(?<=\s)(\d+)/(\d+)(?!\d))")
 _SUBSCRIPT = re.compile(r"_(?:\{([\w+\-, ]{1,20})\}|(\w))")
+_ARROW = re.compile(r"\s*\{\s*([A-Za-z]{1,3})\s*\}|\s*([A-Za-z])")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 _MINUS_ONE = Node("neg", (Node("num", value=Fraction(1)),))
@@ -301,6 +302,9 @@ class _Parser:
             return node
         if name in _FUNCTIONS:
             return self.function(_FUNCTIONS[name])
+        if name == "vec" and (arrow := _ARROW.match(self.text, self.at)):
+            self.at = arrow.end()
+            return self.symbol(f"\\vec {arrow[1] or arrow[2]}")
         raise UnreadableError(f"unknown command \\{name}")
 
     def argument(self) -> Node:

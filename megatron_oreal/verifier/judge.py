@@ -24,7 +24,7 @@ from megatron_oreal.verifier.judge_client import JudgeClient, JudgeError
 from megatron_oreal.verifier.judge_hosts import Host
 from megatron_oreal.verifier.judge_prompt import Case, make_case
 from megatron_oreal.verifier.judge_screen import speaks_to_the_judge
-from megatron_oreal.verifier.judge_stats import VOTES, JudgeStats, StatsBox
+from megatron_oreal.verifier.judge_stats import DEADLINE, VOTES, JudgeStats, StatsBox
 from megatron_oreal.verifier.verdict import Judgement, Verdict
 
 Result = Callable[[Hashable, Judgement], None]
@@ -155,19 +155,26 @@ class Judge:
         self._on_result(key, Judgement(judgement.verdict, judgement.reason, judgement.answer, seconds))
 
     async def _decide(self, case: Case, rules: Judgement, deadline: float) -> Judgement:
-        """Share the work of equal cases in flight: samples of one prompt often end in the same wrong answer."""
-        leader = self._running.get(case)
-        if leader is None:
-            leader = self._loop.create_task(self._ask(case, deadline))
-            self._running[case] = leader
-            leader.add_done_callback(lambda _: self._running.pop(case, None))
-        else:
-            self._stats.add("shared")
-        done, _ = await asyncio.wait([leader], timeout=max(0.0, deadline - time.monotonic()) + 2 * _MARGIN_S)
-        if done:
-            found = leader.result()
-        else:
-            found = Judgement(Verdict.UNKNOWN, str(self._client.out_of_time()))
+        """Share the work of equal cases in flight: samples of one prompt often end in the same wrong answer.
+
+        A case that came before this one and has run out of its time says nothing when this one has time left.
+        """
+        shared = False
+        while True:
+            leader = self._running.get(case)
+            leads = leader is None
+            if leader is None:
+                leader = self._loop.create_task(self._ask(case, deadline))
+                self._running[case] = leader
+                leader.add_done_callback(lambda _: self._running.pop(case, None))
+            elif not shared:
+                shared = True
+                self._stats.add("shared")
+            done, _ = await asyncio.wait([leader], timeout=max(0.0, deadline - time.monotonic()) + 2 * _MARGIN_S)
+            found = leader.result() if done else Judgement(Verdict.UNKNOWN, str(self._client.out_of_time()))
+            is_late = found.verdict is Verdict.UNKNOWN and found.cause == DEADLINE
+            if leads or not done or not is_late or time.monotonic() >= deadline:
+                break
         return Judgement(found.verdict, found.reason, rules.answer or case.answer)
 
     async def _ask(self, case: Case, deadline: float) -> Judgement:

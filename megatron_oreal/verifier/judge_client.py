@@ -52,11 +52,14 @@ _NO_THINKING: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": Fals
 
 
 class JudgeError(Exception):
-    """Why there is no verdict: one of ``CAUSES`` and the particulars. ``by_host``: the host is to blame."""
+    """Why there is no verdict: one of ``CAUSES`` and the particulars.
 
-    def __init__(self, cause: str, detail: str, *, by_host: bool = True) -> None:
+    ``by_host``: the host is to blame. ``sent``: False when there was no connection to send the request over.
+    """
+
+    def __init__(self, cause: str, detail: str, *, by_host: bool = True, sent: bool = True) -> None:
         super().__init__(f"{cause}: {detail}")
-        self.cause, self.detail, self.by_host = cause, detail, by_host
+        self.cause, self.detail, self.by_host, self.sent = cause, detail, by_host, sent
 
 
 class _LimitedError(Exception):
@@ -118,14 +121,16 @@ class JudgeClient:
         """Return a verdict and its model. Raises ``JudgeError``; ``deadline`` is a ``time.monotonic()``.
 
         ``known`` is asked before every request, since another process may have found the verdict while this one
-        waited; the model is None for what it knows.
+        waited; the model is None for what it knows. A request that found no connection is no attempt: it is made again
+        until ``deadline``, so that a server may be started anew.
         """
         avoid: set[str] = set()
-        attempts = 0
+        attempts = failures = 0
+        unsent: JudgeError | None = None
         while True:
             slot = await self.pool.acquire(deadline, avoid)
             if slot is None:
-                raise self.out_of_time()
+                raise unsent or self.out_of_time()
             host, number = slot.host, slot.number
             try:
                 found = known()
@@ -143,14 +148,20 @@ class JudgeClient:
                 else:
                     host.succeeded(number)
                 avoid.add(host.url)
-                attempts += 1
+                attempts += error.sent
+                failed = JudgeError(error.cause, f"{host.url}: {error.detail}", by_host=error.by_host)
                 if attempts > self._judge.max_retries or time.monotonic() >= deadline:
-                    raise JudgeError(error.cause, f"{host.url}: {error.detail}", by_host=error.by_host) from None
+                    # What was left of the time for a last try says less than why there was no connection before.
+                    raise (unsent if unsent is not None and error.cause == DEADLINE else failed) from None
+                unsent = None if error.sent else failed
             finally:
                 self.pool.release(slot)
             self._stats.add("retries")
-            pause = pause_s(self._judge.retry_delay_s, attempts - 1)
+            pause = pause_s(self._judge.retry_delay_s, failures)
+            failures += 1
             await asyncio.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            if time.monotonic() >= deadline:
+                raise failed
 
     def out_of_time(self) -> JudgeError:
         """The error of a case past its deadline, with what the hosts said last."""
@@ -239,12 +250,14 @@ class JudgeClient:
                     )
                 return response.status, await _read_body(response)
         except (aiohttp.ConnectionTimeoutError, aiohttp.SocketTimeoutError):
-            raise JudgeError(UNREACHABLE, f"no connection within {connect:g} s") from None
+            raise JudgeError(UNREACHABLE, f"no connection within {connect:.3g} s", sent=False) from None
         except TimeoutError:
             raise JudgeError(DEADLINE, f"no whole reply within {seconds:.3g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             words = " ".join(str(error).split())[:200]
-            raise JudgeError(UNREACHABLE, words or type(error).__name__) from None
+            # A certificate that is refused does not mend itself.
+            sent = not isinstance(error, aiohttp.ClientConnectorError) or isinstance(error, aiohttp.ClientSSLError)
+            raise JudgeError(UNREACHABLE, words or type(error).__name__, sent=sent) from None
 
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes:

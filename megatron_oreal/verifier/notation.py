@@ -36,7 +36,12 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"(?<!\\)(?:\\!|\\[\[\]()])", ""),
         (r"\{,\}", ","),
         (rf"(?<!\\)\\[,;: ]|~|\\(?:quad|qquad|enspace|thinspace){_END}", " "),
-        (rf"\\(?:[vh]?phantom|color)\s*\{{[^{{}}]*\}}|\\(?:rm|bf|it){_END}", ""),
+        (rf"\\(?:[vh]?phantom|color|[hm]space\*?)\s*\{{[^{{}}]*\}}|\\(?:rm|bf|it){_END}", ""),
+        (rf"\\(?:small|normalsize|large|Large|LARGE|huge|Huge|boldmath|bfseries|therefore){_END}", ""),
+        (r"\\\\ ?\[ ?-?[\d.]{1,8} ?(?:pt|em|ex|mm|cm)\]|\\cr(?![A-Za-z])", r"\\\\ "),
+        (r"\\begin\{(aligned|gathered|split)\}((?:(?!\\\\|\\begin).)*)\\end\{\1\}", r"\2"),
+        (r"\\overline\s*\{ ?([A-Z] ?[A-Z]) ?\}", r"\1"),
+        (rf"\\overrightarrow{_END}", r"\\vec"),
         (r"\\textcolor\s*\{[^{}]*\}", ""),
         (rf"\{{([^{{}}]*)\\over{_END}([^{{}}]*)\}}", r"\\frac{\1}{\2}"),
         (rf"\{{([^{{}}]*)\\choose{_END}([^{{}}]*)\}}", r"\\binom{\1}{\2}"),
@@ -69,7 +74,8 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
     )
 ]
 _TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt|sc)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|boldsymbol|underline)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt|sc)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|bold|boldsymbol|underline)\s*"
+    r"\{([^{}]*)\}"
 )
 _CHOICES = re.compile(r"\([A-J]\)(?:\s*(?:,|and|or)\s*\(?[A-J]\)?)*|[A-J](?:\s*(?:,|and|or)\s*[A-J])+")
 _WORD_LIST = re.compile(r"[A-Za-z]{2,20}(?:\s*(?:,|;|\band\b|\bor\b)\s*[A-Za-z]{2,20})+")
@@ -78,6 +84,9 @@ _INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff\ufe0e\ufe0f\u20e3]")
 _DOES_NOT_EXIST = re.compile(r'\s*"?\s*(?:does\s+not\s+exist|DNE)\s*"?\s*', re.IGNORECASE)
 _INFINITY = re.compile(r'\s*(?P<sign>[+-]?)\s*"?\s*(?P<word>(?:positive |negative )?infinity)\s*"?\s*', re.IGNORECASE)
 _NO_SOLUTION = re.compile(r'\s*"?\s*(?:no\s+(?:real\s+)?solutions?|(?:the\s+)?empty\s+set|none)\s*"?\s*', re.IGNORECASE)
+_CLOCK = re.compile(
+    r"(?:\\text ?\{)? ?(\d{1,2}) ?(?:: ?(\d\d))? ?(?:\\text ?\{)? ?([ap])\.? ?m\.? ?\}?\.?", re.IGNORECASE
+)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?!\d| \d)")
 
@@ -92,7 +101,10 @@ def clean(text: str) -> str:
             text = text[len(box) : -1]
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _TEXT.sub(_quote, text)
+    clock = _CLOCK.fullmatch(text.strip())
+    if clock and (clock[2] or re.search(r"[.AP]|\\text", text)):  # 5am alone is a product
+        return f'"{int(clock[1])}:{clock[2] or "00"} {clock[3].lower()}m"'
+    text = _TEXT.sub(_quote, _TEXT.sub(_quote, text))
     text = _CONJUNCTION.sub(",", text) if re.search(r"[\d)}\]⦄A-Za-z]\W*\b(?:and|or)\b", text, re.IGNORECASE) else text
     text = text.replace("**", "^").strip()
     text = re.sub(r"(?:\.(?!\d)|[,;:\s]|(?<!\\)\\(?=\s*\Z))+\Z", "", text)
@@ -113,6 +125,8 @@ def squeeze(text: str) -> str:
 
 def _quote(match: re.Match[str]) -> str:
     content = match.group(1).strip()
+    if re.fullmatch(r'"[^"]*"', content):  # \textbf{\text{...}}
+        return content
     if not content:
         return " "
     if content.lower() in ("and", "or", ", and", ", or", ",and", ",or"):

@@ -4,7 +4,7 @@ Conventions: a unit, percent, degree or currency sign that only one of the two h
 "million" is part of the value; a number to a base is not its decimal value, nor is one to a base that only the answer
 names; plus-minus stands for both values; order matters in tuples, not in sets or in lists of solutions; ``x = 5`` is 5;
 an inequality is its interval; a decimal equals a fraction only exactly; equivalent closed forms are equal, which means:
-wherever the gold answer has a real value.
+wherever the gold answer has a real value; the usual range of a variable (all real x, integers k) may be left out.
 
 Plain numbers are decided first, without a parser; then come the structure (``shape``) and the values (``values``);
 math-verify sees only what is left (``symbolic``).
@@ -21,6 +21,7 @@ from megatron_oreal.verifier.answer import extract_answer
 from megatron_oreal.verifier.compare import Undecided, same
 from megatron_oreal.verifier.grammar import AmbiguousError, TooLargeError, UnreadableError
 from megatron_oreal.verifier.notation import clean, squeeze
+from megatron_oreal.verifier.quantifier import without_ranges
 from megatron_oreal.verifier.shape import read
 from megatron_oreal.verifier.verdict import Judgement, Verdict
 
@@ -33,7 +34,7 @@ _PLAIN = re.compile(
 _GOLD_DESCRIBED = re.compile(r"\(([A-J])\)\s*([^\s(].*)", re.DOTALL)
 _GOLD_CHOICE = re.compile(r'[("\s]*([A-J])[)"\s]*')
 _CHOICE = re.compile(
-    r'(?:option|choice|answer)?\s*"?\s*(?:\(\s*(?P<lower>[a-j])\s*\)|\(?\s*(?P<upper>[A-J])\s*(?:\)|(?=[.:"\s]|\Z)))"?'
+    r'"?\s*(?:option|choice|answer)?\s*"?\s*(?:\(\s*(?P<lower>[a-j])\s*\)|\(?\s*(?P<upper>[A-J])\s*(?:\)|(?=[.:"\s]|\Z)))"?'
     r"(?P<rest>\s*\Z|(?<=\)).*|[.:)].*)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -104,6 +105,7 @@ def _check_notation(answer: str, text: str, gold: str) -> Judgement:
         letter, gold = described.groups()
         if given := _GOLD_CHOICE.fullmatch(text):
             return _verdict(given.group(1) == letter, answer)
+    gold, text = without_ranges(gold, text)
     try:
         outcome = _same(text, gold)
     except Undecided as undecided:

@@ -84,7 +84,14 @@ _REALS = re.compile(r'\\mathbb\s*\{?R\}?|"?\s*all\s+real\s+numbers\s*"?', re.IGN
 _REALS_WITHOUT = re.compile(r"\\mathbb\s*\{?R\}?\s*\\(?:setminus|backslash)\s*⦃([^⦃⦄]+)⦄")
 _LITERAL = re.compile(r"-?\d+")
 _COMPARISON = re.compile(r"<=|>=|<|>")
-_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_MATRIX = re.compile(r"\\begin\{([pbvBV]?(?:small)?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_SCALED = re.compile(
+    r"(?P<factor>-?\s*(?:[\d./]+|\\frac\s*(?:\{[^{}]*\}\s*\{[^{}]*\}|\d\d)|\\sqrt\s*(?:\{[^{}]*\}|\d)|[a-zA-Z])?)\s*\*?\s*"
+    r"(?P<matrix>\\begin\{[pbB]?(?:small)?matrix\}.*)",
+    re.DOTALL,
+)
+"""One factor before a matrix that is none of the determinants."""
+_PLAIN = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?")
 
 
 def read(text: str, *, grouped_digits: bool = True) -> Shape:
@@ -139,9 +146,12 @@ def _read_relation(text: str, depth: int) -> Shape:
         return Intervals(tuple(interval for part in parts if part for interval in part.parts))
     near = split_command(text, "\\approx")
     if len(near) == 2:
-        if label_of(near[0]) is not None and _LITERAL.fullmatch(near[1]):
+        rounded_only = not near[0] or label_of(near[0]) is not None
+        if rounded_only and _LITERAL.fullmatch(near[1]):
             return Opaque(text)  # a rounded whole number is not said to be the value
-        text = near[1] if label_of(near[0]) is not None else near[0]
+        if all(map(_PLAIN.fullmatch, near)) and abs(float(near[0]) - float(near[1])) > abs(float(near[0])) / 20:
+            return Opaque(text)  # 7 is not about 8
+        text = near[1] if rounded_only else near[0]
     if any(char in "<>!" for _, char in top_level(text)) and re.search("[<>]|!=", text):
         return _read_inequality(text)
     sides = _sides(text)
@@ -236,6 +246,8 @@ def _read_brackets(text: str, depth: int) -> Shape:
             Sequence("tuple", tuple(_read(cell, depth + 1) for cell in row.split("&")), brackets="row") for row in rows
         ]
         return Sequence("tuple", tuple(read_rows), brackets="||" if matrix.group(1)[0] in "vV" else "matrix")
+    if (scaled := _SCALED.fullmatch(text)) and (matrix := _MATRIX.fullmatch(scaled["matrix"])):
+        return _multiplied(_read_brackets(matrix.group(), depth), "-1" if scaled["factor"] == "-" else scaled["factor"])
     if _REALS.fullmatch(text):
         return Intervals((interval("-\\infty", "\\infty", True, True),))
     if len(parts := split(text, ":")) > 2 and all(parts):
@@ -254,6 +266,13 @@ def _read_brackets(text: str, depth: int) -> Shape:
         nested = _read(inner, depth + 1)
         return nested if not isinstance(nested, Scalar) or nested.label else Scalar(inner.strip())
     return Sequence("tuple", tuple(_read(value, depth + 1) for value in values), brackets=brackets)
+
+
+def _multiplied(shape: Shape, factor: str) -> Shape:
+    """Multiply every entry of a matrix."""
+    if isinstance(shape, Sequence):
+        return replace(shape, items=tuple(_multiplied(item, factor) for item in shape.items))
+    return Scalar(f"({factor})*({shape.text})") if isinstance(shape, Scalar) and shape.label is None else Opaque(factor)
 
 
 def _read_set(inner: str, depth: int) -> Shape:

@@ -104,25 +104,33 @@ def split_unit(text: str) -> tuple[str, str | None]:
     unit = match["unit"]
     if _INCOMPLETE.search(unit):
         return text, None
-    if '"' in unit and not _NAMED.fullmatch(" ".join(unit.replace('"', " ").split())):
+    if '"' in unit and not _NAMED.fullmatch(_unenclosed(" ".join(unit.replace('"', " ").split()))):
         return text, None
     if unit == "°" and _TRIGONOMETRIC.search(text):
         return text, None
     return text[: match.start()].strip(), _canonical(unit)
 
 
+def _unenclosed(unit: str) -> str:
+    """Remove the brackets of ``(cm)``."""
+    return unit[1:-1] if re.fullmatch(r"\([^()]*\)", unit) and not unit.startswith("(mod ") else unit
+
+
 def _canonical(unit: str) -> str | None:
     unit = re.sub(r'["{}.]', " ", unit.lower())
-    unit = re.sub(r"\s*\^\s*", "^", " ".join(unit.split()))
+    unit = _unenclosed(re.sub(r"\s*\^\s*", "^", " ".join(unit.split())))
     parts = re.split(r"(\s*/\s*|\s+per\s+|\s+)", unit)
     names, power = [], ""
     for part in parts:
-        if not part.strip():
+        if part.strip() in ("", "*"):
             continue
         if part.strip() in ("/", "per"):
             names.append("/")
             continue
         name, _, exponent = part.partition("^")
+        if exponent.startswith("-") and names:
+            names.append("/")
+            exponent = exponent.removeprefix("-").removeprefix("1")
         singular = name if len(name) <= 2 else name.removesuffix("s")
         name = _ALIASES.get(name, _ALIASES.get(singular, singular))
         if name in ("square", "cubic"):
