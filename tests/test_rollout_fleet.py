@@ -141,7 +141,7 @@ def test_a_run_whose_engine_draws_from_another_policy_is_stopped_with_the_number
         (["rollout.engine_tp=4"], r"rollout\.engine_tp=4: SGLang pads the model's intermediate_size=64 to a multiple"),
     ],
 )
-def test_engines_that_do_not_fit_node_or_model_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+def test_sglang_engines_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
     pytest.importorskip("sglang", reason="needs sglang: bash tests/setup_sglang.sh PYTHON")
     keys = ["rollout.engine=sglang", *overrides]
     with pytest.raises(UserError, match=said):

@@ -202,6 +202,15 @@ def test_a_version_arrives_bucket_after_bucket_and_is_visible_at_the_end(sender:
     assert sender.buckets.nbytes < 0.6 * whole
 
 
+def test_a_worker_keeps_nothing_of_what_its_digests_worked_in(sender: Sender):
+    sender.kept["model.norm.weight"].fill_(3.0)
+    hashes = sender.digester.hash_source(0, sender.kept)
+    assert sender.digester._hasher.scratch
+    sender.digester.release()  # the worker is a thread of this process, and has the same one
+    sender.dispatcher.run(sender.sync.load([sender.shelf.describe()], [hashes], 0, awake=True))
+    assert not sender.digester._hasher.scratch
+
+
 def test_the_calls_are_those_of_sglangs_handlers_in_their_order(sender: Sender):
     handover = sender.begin(0)
     sender.send(handover)

@@ -6,19 +6,36 @@ SGLang itself fails in ``test_sglang_faults.py``; here are more servers, and mor
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import importlib.util
 import os
+import re
+import resource
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from aiohttp import web
+from sglang_server import needs_sglang
 
 from megatron_oreal.rollout.engine import Completion, EngineError, Request, SamplingParams
+from megatron_oreal.rollout.sglang import dispatcher as module
 from megatron_oreal.rollout.sglang.client import signed_seed
-from megatron_oreal.rollout.sglang.dispatcher import Dispatcher, DispatchSettings, Endpoint, Progress
+from megatron_oreal.rollout.sglang.dispatcher import (
+    Dispatcher,
+    DispatchSettings,
+    Endpoint,
+    Progress,
+    affordable_window,
+    prompt_keys,
+)
 
 LABEL = "run:3"
 SAMPLING = SamplingParams(1.0, 0.9, 0, max_new_tokens=8, max_length=64, stop_token_id=None)
@@ -34,6 +51,7 @@ class Server:
         self.faults: list[str] = []
         self.label, self.delay_s, self.hanging = LABEL, 0.0, False
         self.served: list[int] = []
+        self.ids: set[str] = set()
         self.concurrent = self.most_concurrent = 0
         self.aborts = 0
         self.connections: set[int] = set()
@@ -45,6 +63,9 @@ class Server:
             self._kept.append(request.transport)  # so that no other one gets its id
         body = await request.json()
         seed = body["sampling_params"]["sampling_seed"]
+        if body["rid"] in self.ids:  # SGLang: while it has not noticed yet that the client has gone
+            return web.json_response({"error": {"message": "Duplicate request ID detected"}}, status=400)
+        self.ids.add(body["rid"])
         self.concurrent += 1
         self.most_concurrent = max(self.most_concurrent, self.concurrent)
         try:
@@ -94,7 +115,8 @@ class Cluster:
     def __init__(self, count: int) -> None:
         self.servers = [Server() for _ in range(count)]
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self.endpoints = [Endpoint(self._call(self._start(server)), LABEL) for server in self.servers]
         self.dispatcher = Dispatcher(SETTINGS)
 
@@ -140,6 +162,7 @@ class Cluster:
     def close(self) -> None:
         self.dispatcher.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(20)
 
 
 @pytest.fixture
@@ -189,10 +212,25 @@ def test_a_server_that_returns_with_the_right_weights_gets_requests_again(cluste
 
 def test_a_hanging_server_loses_its_requests_to_the_others(cluster):
     cluster.servers[2].hanging = True
+    cluster.dispatcher.settings = replace(SETTINGS, request_timeout_s=25)
     began = time.monotonic()
     cluster.check(cluster.generate(120), 120)
-    assert time.monotonic() - began < SETTINGS.request_timeout_s
+    assert time.monotonic() - began < 25
     assert cluster.servers[2].served == []
+
+
+def test_a_server_that_only_stalled_gets_its_requests_again_under_other_ids(cluster):
+    cluster.endpoints = cluster.endpoints[:1]
+    cluster.dispatcher.settings = replace(SETTINGS, recover_timeout_s=20)
+    stalled = cluster.servers[0]
+    stalled.hanging = True
+
+    def progress(state: Progress) -> None:
+        if state.engines == 0:
+            stalled.hanging = False
+
+    cluster.check(cluster.generate(40, on_progress=progress), 40)
+    assert len(stalled.ids) > 40
 
 
 def test_a_refused_request_ends_the_step_with_the_servers_words(cluster):
@@ -226,7 +264,7 @@ def test_without_any_server_the_step_ends_after_the_recovery_timeout(cluster):
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"no engine has answered for rollout\.server\.recover_timeout_s=3; http"):
         cluster.generate(10)
-    assert 3 < time.monotonic() - began < 15
+    assert 3 < time.monotonic() - began < SETTINGS.step_deadline_s
 
 
 def test_giving_up_the_rest_tells_the_servers_to_drop_it(cluster):
@@ -251,6 +289,59 @@ def test_no_thread_task_or_socket_outlives_the_dispatcher():
     assert threading.active_count() == threads
     assert num_sockets() <= sockets + 2 * 16 + 8, "the servers' own ends may still close"
     assert asyncio.all_tasks(cluster.dispatcher._loop) == set()
+
+
+def test_a_thread_that_waits_for_the_dispatcher_does_not_outlive_it():
+    dispatcher = Dispatcher(SETTINGS)
+    begun = threading.Event()
+
+    async def work() -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    def wait() -> None:
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            dispatcher.run(work())
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    assert begun.wait(20)
+    dispatcher.close()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_requests_in_flight_leave_room_for_the_descriptors_that_others_have(cluster, monkeypatch):
+    limits = [1024, 2000]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, wanted: limits.__setitem__(slice(2), wanted))
+    assert affordable_window(512, 4, held=1000) == (2000 - 1000 - 256) // 4
+    assert limits == [2000, 2000]
+    assert affordable_window(100, 4, held=1000) == 100
+    held = []
+    monkeypatch.setattr(module, "affordable_window", lambda window, engines, others: held.append(others) or window)
+    for _ in range(2):
+        cluster.generate(50)
+    assert held[0] == held[1], "its own connections are not the others'"
+    assert 0 < held[0] <= len(os.listdir("/proc/self/fd"))
+
+
+def test_the_samples_of_a_prompt_cost_the_memory_of_one_prompt():
+    prompt, equal, other = (np.full(2**16, value, dtype=np.int32) for value in (1, 1, 2))
+    requests = [Request(ids, seed) for ids in (prompt, equal, other) for seed in range(64)]
+    tracemalloc.start()
+    keys = prompt_keys(requests)
+    assert tracemalloc.get_traced_memory()[1] < 8 * prompt.nbytes
+    tracemalloc.stop()
+    assert set(keys[:128]) == {prompt.tobytes()}
+    assert set(keys[128:]) == {other.tobytes()}
+
+
+@needs_sglang
+def test_idle_connections_are_closed_before_sglang_closes_them():
+    (package,) = importlib.util.find_spec("sglang").submodule_search_locations
+    source = (Path(package) / "srt" / "environ.py").read_text()
+    assert int(re.search(r"SGLANG_TIMEOUT_KEEP_ALIVE = EnvInt\((\d+)\)", source)[1]) > module._KEEPALIVE_S
 
 
 def num_sockets() -> int:

@@ -256,6 +256,7 @@ def test_a_version_comes_group_by_group_and_another_one_of_it_changes_nothing(en
     for _ in range(2):
         stage_hf_weights(engine, model_dir, engine.health().version + 1)
         assert engine._buckets.nbytes == 0, "staging is given back"
+        assert not engine._digester._hasher.scratch
         check(*generate_with(engine, lambda: None), expected)
 
 

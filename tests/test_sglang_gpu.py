@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from megatron_oreal.layout import SafetensorsSource, load_from_hf, load_model_sp
 from megatron_oreal.rollout.engine import EngineError, Request
 from megatron_oreal.rollout.sglang.engine import SglangEngine
 from megatron_oreal.rollout.sglang.guard import group_members
+from megatron_oreal.rollout.sglang.staging import CudaSegment
 
 pytestmark = [
     needs_sglang,
@@ -52,7 +52,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngine]:
     settings = fast_settings(control_timeout_s=60.0, bucket_bytes=4 * 2**20)
-    fa3 = torch.cuda.get_device_capability()[0] == 9 and importlib.util.find_spec("sgl_kernel") is not None
     engine = SglangEngine(
         load_model_spec(model_dir),
         model_path=model_dir,
@@ -63,7 +62,7 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         max_running_requests=32,
         max_length=256,
         server_args={
-            "attention_backend": os.environ.get("OREAL_TEST_ATTENTION", "fa3" if fa3 else "triton"),
+            "attention_backend": os.environ.get("OREAL_TEST_ATTENTION", "triton"),
             "mem_fraction_static": 0.2,
             "enable_memory_saver": True,
         },
@@ -119,6 +118,15 @@ def test_sleep_gives_the_devices_memory_back_and_wake_takes_it(engine: SglangEng
     engine.wake()
     assert torch.cuda.mem_get_info()[0] < asleep - 0.5 * (asleep - before)
     check_against_transformers(engine, model_dir)
+
+
+def test_shared_memory_that_no_worker_counts_back_is_freed_all_the_same():
+    before = torch.cuda.memory_allocated()
+    segment = CudaSegment.create(2**26, torch.device("cuda", torch.cuda.current_device()))
+    segment.describe()  # from here on it counts as a worker's; that of a killed server never lets go
+    assert torch.cuda.memory_allocated() >= before + 2**26
+    segment.close()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_a_killed_server_returns_with_the_kept_weights_in_the_same_step(engine: SglangEngine, model_dir: Path):

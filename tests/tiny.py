@@ -125,7 +125,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in drop}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=500, check=False)
 
 
 def succeed(*arguments: object) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
+import os
 import queue
 import random
 import resource
@@ -39,6 +41,9 @@ T = TypeVar("T")
 _SPARE_DESCRIPTORS = 256
 _RETURN_POLL_S = 1.0
 _CONTROL_TIMEOUT_S = 5.0
+_KEEPALIVE_S = 4.0
+"""SGLang closes connections that were idle for 5 s (``SGLANG_TIMEOUT_KEEP_ALIVE``): a request must never be sent on one
+that the server is closing, for a POST cannot be told from one that was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._loop.run_forever, name="dispatcher", daemon=True)
         self._thread.start()
         self._session = self.run(_open_session(), _CONTROL_TIMEOUT_S)
+        self._foreign: int | None = None
         self._closed = False
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
@@ -130,7 +136,9 @@ class Dispatcher:
             return []
         if not endpoints:
             raise EngineError("generate: there is no engine")
-        window = affordable_window(window, len(endpoints))
+        if self._foreign is None:
+            self._foreign = len(os.listdir("/proc/self/fd"))
+        window = affordable_window(window, len(endpoints), self._foreign)
         events: queue.SimpleQueue[tuple[int, Completion] | Progress | None] = queue.SimpleQueue()
         clients = [self.client(endpoint.url) for endpoint in endpoints]
         bodies = _Bodies(requests, sampling, vocab_size, kept_mass and has_filter(sampling))
@@ -159,16 +167,24 @@ class Dispatcher:
         return [completion for completion in results if completion is not None]
 
     def close(self) -> None:
-        """Close the connections and end the loop. Idempotent."""
+        """Cancel what still runs, close the connections and end the loop. Idempotent."""
         if self._closed:
             return
         self._closed = True
         with contextlib.suppress(TimeoutError):
-            self.run(self._session.close(), _CONTROL_TIMEOUT_S)
+            self.run(self._end(), _CONTROL_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CONTROL_TIMEOUT_S)
         if not self._thread.is_alive():
             self._loop.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:  # threads may wait for them
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CONTROL_TIMEOUT_S / 2)
+        await self._session.close()
 
 
 class _Bodies:
@@ -176,14 +192,17 @@ class _Bodies:
 
     def __init__(self, requests: Sequence[Request], sampling: SamplingParams, vocab_size: int, kept_mass: bool):
         self.requests, self.sampling, self.vocab_size, self.kept_mass = requests, sampling, vocab_size, kept_mass
-        self._run = uuid.uuid4().hex
+        self._run, self._serial = uuid.uuid4().hex, itertools.count()
 
     def make(self, assignment: Assignment) -> dict[str, Any]:
-        """SGLang aborts by prefix of the request id: all have one length, so that none is another's prefix."""
+        """SGLang aborts by prefix of the request id: all have one length, so that none is another's prefix.
+
+        Nor is one used again: a server that has not noticed yet that a request was given up refuses its id.
+        """
         return generate_body(
             self.requests[assignment.index],
             self.sampling,
-            rid=f"{self._run}-{assignment.index:08d}-{assignment.attempt:04d}",
+            rid=f"{self._run}-{assignment.index:08d}-{next(self._serial):08d}",
             vocab_size=self.vocab_size,
             kept_mass=self.kept_mass,
         )
@@ -210,7 +229,7 @@ class _Step:
         )
         requests = bodies.requests
         self.schedule = Schedule(
-            [request.prompt_ids.tobytes() for request in requests],
+            prompt_keys(requests),
             [len(request.prompt_ids) for request in requests],
             len(endpoints),
             window=window,
@@ -399,6 +418,12 @@ class _Step:
         return "; " + "; ".join(lines) if lines else ""
 
 
+def prompt_keys(requests: Sequence[Request]) -> list[bytes]:
+    """Keys equal for requests of the same prompt; those that share its array, as the K samples do, share one object."""
+    keys = {id(request.prompt_ids): request.prompt_ids.tobytes() for request in requests}
+    return [keys[id(request.prompt_ids)] for request in requests]
+
+
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     """Until the event is set, which the time's end does too.
 
@@ -413,16 +438,20 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 
 
 async def _open_session() -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
-def affordable_window(window: int, num_engines: int) -> int:
-    """At most what the process may have open at once, after raising its own limit as far as it may."""
+def affordable_window(window: int, num_engines: int, held: int = 0) -> int:
+    """At most what the process may have open at once, after raising its own limit as far as it may.
+
+    ``held``: descriptors that others have: the sockets between the ranks alone may be thousands.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = window * num_engines + _SPARE_DESCRIPTORS
+    spare = held + _SPARE_DESCRIPTORS
+    wanted = window * num_engines + spare
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        window = min(window, max(1, (soft - _SPARE_DESCRIPTORS) // num_engines))
+        window = min(window, max(1, (soft - spare) // num_engines))
     return window

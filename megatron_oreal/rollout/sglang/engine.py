@@ -285,13 +285,14 @@ class SglangEngine:
         return report
 
     def release_staging(self) -> None:
-        """Free the memory that ``stage`` works in, until it is called again; the kept shards stay.
+        """Free the memory that ``stage`` and its digests work in, until it is called again; the kept shards stay.
 
         A collective of the group.
         """
         self._idle()
         self._drop_handover()
         self._together(lambda: self._own().unmap_staging())
+        self._digester.release()
         if self._buckets is not None:
             self._buckets.close()
 

@@ -209,7 +209,7 @@ class ServerKeeper:
                     reason = self._run(health.complaint(self.settings.dispatch.health_timeout_s))
                 looked = time.monotonic()
             if reason:
-                with self._lock:
+                with self._lock, contextlib.suppress(concurrent.futures.CancelledError):  # the dispatcher is closing
                     if pauses == self._pauses and not self._closed:
                         self._bring_back(reason)
 

@@ -73,17 +73,20 @@ def _load(model: torch.nn.Module, order: Mapping[str, Any]) -> dict[str, Any]:
     if missing := sorted(params.keys() - _arrived):
         return {"error": f"the engine's parameters {missing[:3]} get no weights"}
     digester = shard_digester(load_model_spec(order["model_dir"]), order["tp"], device.type, dtype)
-    return {"digests": digester.hash_dest(order["tp"] + order["rank"], params).tolist()}
+    digests = digester.hash_dest(order["tp"] + order["rank"], params).tolist()
+    digester.release()
+    return {"digests": digests}
 
 
 def _forget(model: torch.nn.Module, order: Mapping[str, Any]) -> dict[str, Any]:
-    """Let go of every segment, so that the trainer's memory can be freed."""
+    """Let go of every segment, so that the trainer's memory can be freed, and of what the digests worked in."""
     for segment in _opened.values():
         segment.close()
     _opened.clear()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
     return {}
 
 

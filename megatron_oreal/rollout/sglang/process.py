@@ -19,12 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_oreal.errors import UserError
 from megatron_oreal.rollout.engine import EngineError
 from megatron_oreal.rollout.sglang import guard
 
 _GUARD = Path(guard.__file__)
 _GONE_TIMEOUT_S = 30.0
 _LOG_LINES = 20
+_LOG_TAIL_BYTES = 65536
 
 
 class ServerProcess:
@@ -125,10 +127,12 @@ class ServerProcess:
     def log_tail(self, lines: int = _LOG_LINES) -> str:
         """Return where the log is, and its last lines."""
         try:
-            text = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+            with open(self.log_path, "rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+                text = log.read(_LOG_TAIL_BYTES).decode(errors="replace")
         except OSError as error:
             return f"its log {self.log_path} cannot be read ({error.strerror})"
-        return f"the end of {self.log_path}:\n" + "\n".join(text)
+        return f"the end of {self.log_path}:\n" + "\n".join(text.splitlines()[-lines:])
 
 
 class _Child:
@@ -137,10 +141,11 @@ class _Child:
     def __init__(self, args_file: Path, environment: Mapping[str, str], log_path: Path):
         self.was_ready = False
         watched, self._held = os.pipe()
-        scratch = tempfile.mkdtemp(prefix="oreal-sglang-")  # short: Unix sockets in it have at most 108 characters
-        command = [sys.executable, str(_GUARD), str(watched), scratch]
-        command += [sys.executable, "-m", "megatron_oreal.rollout.sglang.launch", str(args_file)]
+        scratch = ""
         try:
+            scratch = tempfile.mkdtemp(prefix="oreal-sglang-")  # short: Unix sockets in it have at most 108 characters
+            command = [sys.executable, str(_GUARD), str(watched), scratch]
+            command += [sys.executable, "-m", "megatron_oreal.rollout.sglang.launch", str(args_file)]
             with open(log_path, "ab") as log:
                 self._guard = subprocess.Popen(
                     command,
@@ -184,10 +189,12 @@ class _Child:
     def kill(self) -> None:
         if not self.running:
             return
-        os.close(self._held)
-        self._held = os.open(os.devnull, os.O_RDONLY)  # closed again by ``running``
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGCONT)  # a stopped guard goes on, and sees the pipe's end
+        with self._lock:
+            if self._guard.returncode is None:
+                os.close(self._held)
+                self._held = os.open(os.devnull, os.O_RDONLY)  # closed again by ``running``
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGCONT)  # a stopped guard goes on, and sees the pipe's end
         end = time.monotonic() + _GONE_TIMEOUT_S
         while self.running:
             if time.monotonic() > end:
@@ -198,13 +205,21 @@ class _Child:
 def _hold_port(host: str) -> socket.socket:
     held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((host, 0))
+    try:
+        held.bind((host, 0))
+    except OSError as error:
+        held.close()
+        raise UserError(
+            f"rollout.server.host={host!r}: this machine cannot listen there ({error.strerror or error}): give an "
+            "address of its own (hostname -I)"
+        ) from None
     return held
 
 
 def _answers(url: str, timeout_s: float) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as reply:
+        with direct.open(url, timeout=timeout_s) as reply:
             return bool(reply.status == 200)
     except (OSError, ValueError, urllib.error.URLError):
         return False

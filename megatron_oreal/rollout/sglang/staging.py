@@ -81,6 +81,7 @@ class CudaSegment:
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
         self._handle: list[Any] | None = None
+        self._count: tuple[bytes, int] | None = None
 
     @classmethod
     def create(cls, nbytes: int, device: torch.device) -> CudaSegment:
@@ -101,11 +102,16 @@ class CudaSegment:
         torch.cuda.synchronize(self.tensor.device)
         if self._handle is None:  # one handle for good: a worker maps it once
             parts = self.tensor.untyped_storage()._share_cuda_()
+            self._count = parts[4], parts[5]
             self._handle = [{"b64": base64.b64encode(x).decode()} if isinstance(x, bytes) else x for x in parts]
         return {"kind": "cuda", "handle": self._handle, "nbytes": self.tensor.numel()}
 
     def close(self) -> None:
-        """Free the memory, once no engine worker maps it."""
+        """Free the memory; no engine worker may map it any more. Idempotent."""
+        if self._count is not None:
+            # PyTorch keeps what it has shared until the receiver counts it back; one that was killed never does.
+            torch.UntypedStorage._release_ipc_counter_cuda(*self._count)
+            self._count = None
         self.tensor = torch.empty(0, dtype=torch.uint8)
 
 
