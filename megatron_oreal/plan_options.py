@@ -8,7 +8,9 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example parallel.offload=[optimizer]")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="for example parallel.offload=[optimizer]"
+    )
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks in all, one a GPU")
     parser.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
     parser.add_argument("--gpu", default="h200", metavar="NAME", help="h100, h200 (default), a100-80g, b200, h20, l40s")

@@ -199,7 +199,7 @@ def _measure(case: Case, platform: Platform) -> dict[str, int]:
     rollout, dtype = setting.config.rollout, torch.bfloat16 if case.dtype == "bf16" else torch.float32
     drawn = rollout.prompts_per_step * rollout.prompt_repeat_k // case.world_size  # by a rank
     running = min(drawn, rollout.max_running_requests)
-    with LiveStorages() as storages, mock.patch.object(offload, "_host_storage", _ignored(storages)):
+    with LiveStorages() as storages, mock.patch.object(offload, "_slabs", _ignored(storages)):
         engine = EmbeddedEngine(setting.spec, dtype=dtype, max_running_requests=running, max_length=case.max_length)
         storages.restart()
         actor = Actor(setting.config, setting.spec, grid, platform)
@@ -245,10 +245,10 @@ def _initialise(actor: Actor) -> None:
 
 
 def _ignored(storages: LiveStorages) -> Any:
-    make = offload._host_storage
+    make = offload._slabs
 
-    def host_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    def slabs(size: int, *, pinned: bool) -> list[torch.Tensor]:
         with storages.ignoring():
-            return make(storage)
+            return make(size, pinned=pinned)
 
-    return host_storage
+    return slabs

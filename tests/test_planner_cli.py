@@ -170,6 +170,15 @@ def test_a_cache_below_one_response_does_not_fit(capsys: pytest.CaptureFixture[s
     assert "the KV cache holds less than one response of 2,000 tokens" in out
 
 
+def test_the_reserve_is_an_assumption_like_the_others(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    status, out, _ = run(capsys, config, "--world-size", 8, "--json", "--assume", "reserve=5.5")
+    plan = json.loads(out)
+    assert status == 0
+    assert plan["memory"]["reserve"] == int(5.5 * 2**30)
+    assert all(phase["live"]["reserve"] == int(5.5 * 2**30) for phase in plan["memory"]["ranks"][0]["phases"].values())
+    assert [row["source"] for row in plan["assumptions"] if row["name"] == "reserve"] == ["--assume"]
+
+
 def test_a_search_ranks_settings_and_says_why_others_fall_out(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_oreal.planner import search
     from megatron_oreal.planner.plan import make_report

@@ -15,6 +15,7 @@ from planner_cases import QWEN_7B, QWEN_32B, setting_of
 from megatron_oreal.data.lengths import LengthDistribution
 from megatron_oreal.data.packing import WorkModel
 from megatron_oreal.errors import UserError
+from megatron_oreal.planner.activations import layer_bytes
 from megatron_oreal.planner.assumptions import Assumptions, parse_assumptions
 from megatron_oreal.planner.calibration import calibrate, solve_efficiency
 from megatron_oreal.planner.cost import PUBLISHED_STEP_S, CostModel, Workload
@@ -22,7 +23,7 @@ from megatron_oreal.planner.devices import DEVICES, device_of_name, find_device
 from megatron_oreal.planner.memory import quick_memory
 from megatron_oreal.planner.pipeline import Op, pipeline_time, stage_ops
 from megatron_oreal.planner.placement import place
-from megatron_oreal.planner.rollout_model import EngineSpeed, simulate_rollout
+from megatron_oreal.planner.rollout_model import EngineSpeed, RolloutEstimate, _Engine, simulate_rollout
 from megatron_oreal.planner.traffic import quick_traffic
 from megatron_oreal.planner.types import Setting
 from megatron_oreal.planner.update_model import OPTIMIZER_BYTES, UpdateModel
@@ -105,6 +106,18 @@ def test_kv_heads_are_read_whole_by_more_ranks_than_heads() -> None:
     assert speed(8).per_context_token_s == speed(4).per_context_token_s == speed(1).per_context_token_s / 4
 
 
+def test_a_cache_in_fp8_holds_twice_the_tokens_and_is_read_in_half_the_time() -> None:
+    def rollout(**sglang: object) -> RolloutEstimate:
+        setting = setting_of(QWEN_7B, 8, memory_gib=79.1, sglang={"mem_fraction_static": 0.6, **sglang})
+        model = CostModel(H100, ASSUMED, Workload.draw(setting, LengthDistribution.fixed(50), ASSUMED))
+        return model.rollout(setting, place(setting), quick_memory(setting))
+
+    full, half = rollout(), rollout(kv_cache_dtype="fp8_e4m3")
+    assert half.cache_tokens == pytest.approx(2 * full.cache_tokens, rel=0.01)
+    bare = full.last_step_s - EngineSpeed.of(QWEN_7B, 1, 2, H100, ASSUMED).steps_s(1, -1, 1)
+    assert full.last_step_s - half.last_step_s == pytest.approx(bare / 2)
+
+
 def token_by_token(lengths: list[int], prompt: int, engine: EngineSpeed, most: int) -> float:
     """One engine, one decode step at a time; every request has a prompt of its own and the cache is never full."""
     waiting, running, now = list(lengths), [], 0.0  # running: [drawn, length]
@@ -156,6 +169,22 @@ def test_a_small_cache_retracts_and_still_ends_every_response() -> None:
     assert len(tight.finish_s) == 64
     assert tight.generated_tokens == lengths.sum()
     assert tight.seconds > roomy.seconds
+
+
+def test_the_request_that_has_drawn_least_is_put_back_not_the_one_that_will_draw_most() -> None:
+    """A long response that began first stays: an engine does not know how long responses will be."""
+    engine = _Engine(speed(), cache_tokens=4000, max_running=2)
+    engine.waiting.extend([(0, 10, 9000), (1, 10, 500)])
+    engine.admit([0, 1], 10)
+    engine.advance(500)
+    assert engine.take_ended() == [1]
+    engine.waiting.append((2, 10, 2000))
+    engine.admit([0, 1, 2], 10)
+    while engine.context < 3900:
+        engine.advance(1)
+    engine.retract()
+    assert list(engine.running) == [0]
+    assert [(request, left) for request, _, left in engine.waiting] == [(2, 2000 - (engine.steps - 500))]
 
 
 def test_drawing_ends_with_enough_complete_groups() -> None:
@@ -223,6 +252,17 @@ def test_recompute_runs_layers_forward_again(recompute: dict[str, object], forwa
     layers = sum(update.layer_work(n) for n in (8000, 3000)) / (H100.flops * BARE.matmul_efficiency)
     assert update.reward_model().compute_s == pytest.approx(forwards * layers)
     assert update.reward_model().flops == 3 * sum(update.layer_work(n) for n in (8000, 3000))
+
+
+def test_activations_on_the_host_take_the_time_of_their_copies_where_it_is_longer() -> None:
+    """Both ways: behind the forward pass and behind the backward pass."""
+    setting = setting_of(QWEN_7B, 1, parallel={"cpu_offloading_num_layers": 2})
+    here = update_of(setting_of(QWEN_7B, 1), [16384], BARE).reward_model()
+    assert update_of(setting, [16384], replace(BARE, pcie_efficiency=1.0)).reward_model() == here
+    saved = 2 * layer_bytes(setting, 16384).saved
+    late = replace(BARE, pcie_efficiency=0.01)
+    assert update_of(setting, [16384], late).reward_model().compute_s == pytest.approx(2 * saved / (H100.pcie * 0.01))
+    assert update_of(setting, [16384], late).reference() == update_of(setting, [16384], BARE).reference()
 
 
 def test_pipeline_stages_wait_and_tensor_parallel_ranks_talk() -> None:

@@ -372,3 +372,66 @@ def test_worst_case_needs_at_least_what_any_lengths_need():
     for lengths in ((1024,) * 8, (300, 40 + 1, 900), (PROMPT + 1,) * 30):
         assert quick_memory(case.setting(lengths=lengths)).peak.total <= worst * 1.02
     assert small_spec() == case.setting().spec
+
+
+def test_the_precision_aware_optimizer_keeps_two_bytes_of_a_main_weight() -> None:
+    owned = quick_memory(production(QWEN_7B, 4, 1, 32)).static["policy optimizer"] // 12
+    for dtypes, size in (
+        ({}, 10),
+        ({"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, 6),
+        ({"main_params_dtype": "fp16", "exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp16"}, 5),
+    ):
+        setting = production(QWEN_7B, 4, 1, 32, use_precision_aware_optimizer=True, **dtypes)
+        assert quick_memory(setting).static["policy optimizer"] == size * owned
+
+
+def test_adam_on_the_cpu_is_host_memory() -> None:
+    owned = quick_memory(production(QWEN_7B, 4, 1, 32)).static["policy optimizer"] // 12
+    changes = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5, "offload": ["optimizer"]}
+    setting = production(QWEN_7B, 4, 1, 32, **changes)
+    found = quick_memory(setting)
+    # Half of it there for good, with its gradients; the other half waits there while it is not in use.
+    assert found.static["policy optimizer"] == 6 * owned
+    assert found.host["policy optimizer"] == 8 * owned + 6 * owned
+    assert memory(setting)[0].host == found.host
+
+
+def test_activations_on_the_host_are_not_on_the_device() -> None:
+    def found(layers: int) -> RankMemory:
+        return quick_memory(production(QWEN_7B, 4, 1, 32, cpu_offloading_num_layers=layers))
+
+    none, ten = found(0), found(10)
+    saved = layer_bytes(production(QWEN_7B, 4, 1, 32), 16384).saved
+    for phase in ("reward_model", "policy"):
+        freed = none.phase(phase).live["activations"] - ten.phase(phase).live["activations"]
+        assert freed == pytest.approx(10 * saved, rel=1e-6)
+    assert none.phase("reference") == ten.phase("reference")
+    assert ten.host["activations"] == pytest.approx(10 * saved, rel=1e-6)
+    assert "activations" not in none.host
+
+
+def test_servers_leave_for_a_checkpoint_only_where_trained_parts_come_back() -> None:
+    for offload, asleep in ([], False), (["reference"], False), (["reference", "optimizer"], True):
+        found = quick_memory(production(QWEN_7B, 4, 1, 32, offload=offload)).phase("checkpoint").live
+        assert ("KV cache" not in found) == asleep, offload
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "engine_tp", "reserved_mib"),
+    [
+        (24, 4, 512 + 1.5 * 2048 + 512 + 2 * 80 + 8 * 42),
+        (44.4, 1, 512 + 1.5 * 4096 + 128 + 2 * 32 + 8 * 50),
+        (79.1, 4, 512 + 1.5 * 8192 + 512 + 2 * 512 + 8 * 58),
+        (79.1, 1, 512 + 1.5 * 8192 + 128 + 2 * 256 + 8 * 58),
+        (178.3, 1, 512 + 1.5 * 16384 + 128 + 2 * 512 + 8 * 74),
+    ],
+)
+def test_the_share_of_an_engine_is_sglangs_default(memory_gib: float, engine_tp: int, reserved_mib: float) -> None:
+    """By ``ServerArgs._handle_gpu_memory_settings`` of 0.5.17, whatever number of requests may run."""
+    base = production(QWEN_7B, 4, 1, 32)
+    rollout = {"engine_tp": engine_tp, "sglang": {}, "max_running_requests": 4}
+    config = base.config.model_copy(update={"rollout": base.config.rollout.model_copy(update=rollout)})
+    device = int(memory_gib * 2**30)
+    live = quick_memory(replace(base, config=config, device_memory_bytes=device)).phase("generate").live
+    share = (live["engine weights"] + live.get("KV cache", 0)) / device
+    assert share == pytest.approx(1 - reserved_mib * 2**20 / device, abs=6e-4)

@@ -256,6 +256,45 @@ def test_an_engine_without_room_for_a_response_gets_more_memory_or_more_ranks(
     assert any(shares) == (changed == MEM_FRACTION)
 
 
+def test_the_selective_recomputation_that_is_tried_frees_most_of_a_layer() -> None:
+    setting = setting_of(QWEN_7B, 32, tp=4)
+    live = {
+        name: quick_memory(vary(setting, change)).phase("policy").live["activations"]
+        for name, change in searching.RECOMPUTE.items()
+    }
+    assert live["full"] < live["selective"] < live["none"] / 2
+
+
+OPTIONS = {
+    "modules": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "host": {"cpu_offloading_num_layers": 2},
+    "overlap": {"tp_comm_overlap": True},
+    "uneven": {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_tried_is_a_config_that_the_check_takes(name: str) -> None:
+    """Also where the config has options that exclude recomputation, pipeline stages or virtual ones."""
+    pp = 2 if name == "uneven" else 1
+    lengths = {"gen_max_new": 1000, "gen_max_length": 2000}
+    setting = setting_of(TINY, 16, tp=2, pp=pp, rollout=lengths, parallel=OPTIONS[name])
+    check_config(setting.config, setting.spec, 16, 8, planned=True)
+    apart = {OFFLOAD, ENGINE_TP, MEM_FRACTION}
+    changes = [change for axis in searching._axes(setting) for change in axis if not apart & change.keys()]
+    changes += [a | b for a, b in itertools.combinations(changes, 2)]
+    choices = [choice for choice in searching._choices(setting) if not choice[OFFLOAD]]
+    sizes = [each for each in searching._all_sizes(setting) if each.engine_tp == 1]
+    changes += [searching._sizes_changes(setting, each) | choice for each in sizes for choice in choices]
+    tried = 0
+    for change in changes:
+        varied = vary(setting, change)
+        if trainer_obstacle(varied, Sizes.of(varied)) is None:
+            check_config(varied.config, varied.spec, 16, 8, planned=True)
+            tried += 1
+    assert tried > 50
+
+
 def test_a_device_that_is_too_small_has_no_nearest_setting() -> None:
     setting = setting_of(QWEN_7B, 1, memory_gib=10)
     assert nearest_fitting(setting, model_of(setting)) is None

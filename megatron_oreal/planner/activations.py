@@ -19,8 +19,10 @@ and held against the real ones on meta tensors by a test.
 * SwiGLU (megatron-core ``fusions/fused_bias_swiglu.py``, ``SwiGLUFunction``): fc1's output (2 f)
 * norms of q and k (``ops/basic/rmsnorm.py``): their inputs, made contiguous, and fp32 ``rstdevs`` a token and head
 
-The residual additions save nothing. It is the count of Korthikanti et al. (arXiv 2205.05198) for RMSNorm, SwiGLU,
-grouped queries and attention that keeps no scores.
+The residual additions save nothing. With ``parallel.cpu_offloading_num_layers`` so many layers fewer are held at a
+time, before and behind the loss: ``DefaultOffloadSynchronizer`` (``cpu_offload.py``) says so, and waits where copies
+are late. It is the count of Korthikanti et al. (arXiv 2205.05198) for RMSNorm, SwiGLU, grouped queries and attention
+that keeps no scores.
 """
 
 from __future__ import annotations
@@ -220,7 +222,7 @@ def _with_recompute(setting: Setting, one: LayerBytes, layers: int, hidden: floa
     """(kept for the backward pass by a chunk, the most beside that) under the chosen recomputation."""
     parallel = setting.config.parallel
     if parallel.recompute_granularity != "full":
-        return layers * one.saved, one.backward
+        return (layers - parallel.cpu_offloading_num_layers) * one.saved, one.backward
     group = min(parallel.recompute_num_layers or 1, layers)
     again = one.saved + one.backward
     if parallel.recompute_method == "block":
@@ -229,6 +231,12 @@ def _with_recompute(setting: Setting, one: LayerBytes, layers: int, hidden: floa
         ) * one.saved  # of the last layers, whose backward pass is over when others are recomputed
         return whole + group * hidden, max(one.backward, again - whole)
     return -(-layers // group) * hidden, (group - 1) * one.saved + again
+
+
+def offloaded_activations(setting: Setting, pp_rank: int, dp_rank: int = 0) -> int:
+    """Host bytes of ``parallel.cpu_offloading_num_layers``."""
+    layers = setting.config.parallel.cpu_offloading_num_layers
+    return round(layers * layer_bytes(setting, load_of(setting, pp_rank, dp_rank).tokens).saved) if layers else 0
 
 
 def _batch_bytes(setting: Setting, load: Load) -> float:

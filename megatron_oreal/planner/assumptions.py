@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from megatron_oreal.errors import UserError, nearest
+from megatron_oreal.planner.types import DEFAULT_RESERVE_BYTES, GIB
 
 
 def _assume(value: float, unit: str, meaning: str, source: str = "assumed") -> Any:
@@ -74,6 +75,14 @@ class Assumptions:
     )
     publish_fixed_s: float = _assume(0.5, "s", "handshakes of a publish: staging, loader call, acknowledgement")
 
+    # Memory
+    reserve: float = _assume(
+        DEFAULT_RESERVE_BYTES / GIB,
+        "GiB",
+        "what no tensor shows: two CUDA contexts, NCCL's buffers, workspaces, what the allocator cannot use",
+        "assumed: contexts, NCCL, workspaces, allocator",
+    )
+
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def override(self, name: str, value: float, source: str) -> Assumptions:
@@ -83,7 +92,7 @@ class Assumptions:
             raise UserError(f"{source}: there is no assumption {name!r}{nearest(name, known)}")
         unit = self.unit(name)
         most = 1.0 if unit in ("of peak", "share") else math.inf
-        may_be_zero, least = unit in ("s", "passes"), 1e-3 if most == 1 else 0.0
+        may_be_zero, least = unit in ("s", "passes", "GiB"), 1e-3 if most == 1 else 0.0
         if not (math.isfinite(value) and (value > 0 or may_be_zero) and least <= value <= most):
             limits = (
                 "between 0.001 and 1" if most == 1 else f"finite and {'not negative' if may_be_zero else 'above 0'}"

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_oreal.data.lengths import LengthDistribution
 from megatron_oreal.planner.assumptions import Assumptions
 from megatron_oreal.planner.devices import Device
-from megatron_oreal.planner.engine import kv_bytes_per_token
+from megatron_oreal.planner.engine import cache_itemsize, kv_bytes_per_token
 from megatron_oreal.planner.placement import ITEMSIZE, Placement
 from megatron_oreal.planner.rollout_model import EngineSpeed, RolloutEstimate, simulate_rollout
 from megatron_oreal.planner.traffic import ReshardTraffic
@@ -173,7 +173,9 @@ class CostModel:
             self._rollouts[key] = simulate_rollout(
                 np.minimum(self.workload.lengths, config.gen_max_length - prompt),
                 prompt_tokens=prompt,
-                speed=EngineSpeed.of(setting.spec, tp, item, self.device, self.assumed),
+                speed=EngineSpeed.of(
+                    setting.spec, tp, item, self.device, self.assumed, cache_itemsize=cache_itemsize(setting)
+                ),
                 num_engines=len(placement.engines),
                 cache_tokens=cache,
                 max_running=config.max_running_requests,

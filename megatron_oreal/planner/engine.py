@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -76,33 +77,57 @@ def kv_bytes_per_token(setting: Setting) -> int:
     """Keys and values of all layers on one engine rank; with fewer KV heads than ranks each has one."""
     spec, tp = setting.spec, setting.config.rollout.engine_tp
     heads = max(spec.num_kv_heads // tp, 1)
+    return 2 * spec.num_layers * heads * spec.head_dim * cache_itemsize(setting)
+
+
+def cache_itemsize(setting: Setting) -> int:
+    """Bytes of an element of the engines' KV cache."""
     fp8 = str(setting.config.rollout.sglang.get("kv_cache_dtype", "auto")).startswith("fp8")
-    return 2 * spec.num_layers * heads * spec.head_dim * (1 if fp8 else ITEM_BYTES[setting.config.model.dtype])
+    return 1 if fp8 else ITEM_BYTES[setting.config.model.dtype]
 
 
 def _sglang_memory(setting: Setting) -> tuple[int, int]:
     """(weights and KV cache, workspace): ``mem_fraction_static`` of the device, by SGLang's own default if unset.
 
     SGLang 0.5.17 (``server_args.py``, ``_handle_gpu_memory_settings``) leaves 512 MiB, 1.5 MiB a token of a prefill
-    chunk, 2 MiB a request in CUDA graphs and tp/8 GiB, at least 10 GiB on devices of more than 60 GiB. The workspace
-    counted here is that of the graphs and a quarter of the rest, since the rule is an upper bound.
+    chunk, tp/8 GiB, and of CUDA graphs 2 MiB a request and 8 MiB a prefill graph; at least 10 GiB on devices of more
+    than 60 GiB. The workspace counted here is that of the decode graphs, of which requests that may not run have none,
+    and a quarter of the rest, since the rule is an upper bound.
     """
     user, tp = setting.config.rollout.sglang, setting.config.rollout.engine_tp
     device = setting.device_memory_bytes
     if setting.device == "cpu" or not device:
         return 0, 0
-    small = device < 60 * 1024 * _MIB
+    default_chunk, *default_graphs = next(sizes for below, *sizes in _SGLANG_SIZES if device < below * 1024 * _MIB)
     chunk = user.get("chunked_prefill_size")
     if chunk is None:
-        chunk = 4096 if small else 8192
+        chunk = default_chunk
     elif chunk <= 0:  # no chunks: a prefill takes as many tokens as SGLang lets wait for one
         chunk = user.get("max_prefill_tokens") or 16384
-    graphs = user.get("cuda_graph_max_bs") or ((32 if tp < 4 else 160) if small else (256 if tp < 4 else 512))
-    graphs = 0 if user.get("disable_cuda_graph") else min(graphs, setting.config.rollout.max_running_requests)
-    reserved = (512 + 1.5 * max(chunk, 2048) + tp / 8 * 1024 + 2 * graphs) * _MIB
-    reserved = reserved if small else max(reserved, 10 * 1024 * _MIB)
-    fraction = user.get("mem_fraction_static") or round((device - reserved) / device, 3)
-    return round(fraction * device), round(2 * graphs * _MIB + 0.25 * 1.5 * chunk * _MIB)
+    graphs = user.get("cuda_graph_max_bs") or default_graphs[tp >= 4]
+    graphs, prefills = (0, 0) if user.get("disable_cuda_graph") else (graphs, _prefill_graphs(chunk))
+    reserved = (512 + 1.5 * max(chunk, 2048) + tp / 8 * 1024 + 2 * graphs + 8 * prefills) * _MIB
+    reserved = max(reserved, 10 * 1024 * _MIB) if device > 60 * 1024 * _MIB else reserved
+    fraction = user.get("mem_fraction_static") or max(round((device - reserved) / device, 3), 0.0)
+    captured = min(graphs, setting.config.rollout.max_running_requests)
+    return round(fraction * device), round(2 * captured * _MIB + 0.25 * 1.5 * chunk * _MIB)
+
+
+_SGLANG_SIZES = (
+    (20, 2048, 8, 8),
+    (35, 2048, 24, 80),
+    (60, 4096, 32, 160),
+    (160, 8192, 256, 512),
+    (math.inf, 16384, 512, 512),
+)
+"""SGLang's defaults: for a device below so many GiB the prefill chunk, and the largest decode graph below and from TP 4
+on."""
+
+
+def _prefill_graphs(chunk: int) -> int:
+    """Sizes that SGLang captures of a prefill."""
+    runs = ((4, 33, 4), (48, 257, 16), (288, 513, 32), (576, 1025, 64), (1280, 4097, 256), (4608, chunk + 1, 512))
+    return sum(size <= chunk for run in runs for size in range(*run))
 
 
 def embedded_cache_bytes(setting: Setting) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_oreal.layout.megatron import RankGrid
-from megatron_oreal.planner.activations import backward_pass, forward_pass
+from megatron_oreal.planner.activations import backward_pass, forward_pass, offloaded_activations
 from megatron_oreal.planner.engine import EngineBytes, engine_bytes
 from megatron_oreal.planner.parameters import ModelBytes, frozen_bytes, trained_bytes
 from megatron_oreal.planner.phases import compose, host_bytes
@@ -98,13 +99,21 @@ def _rank_memories(setting: Setting, ranks: tuple[int, ...]) -> list[RankMemory]
     return memories
 
 
+def _trained(setting: Setting, pp_rank: int, dp_rank: int) -> dict[str, ModelBytes]:
+    """Closed forms of the models that are trained, by name."""
+    models = {"policy": False} | ({"reward model": True} if setting.config.model.reward_model else {})
+    return {name: trained_bytes(setting, pp_rank, dp_rank, score_head=score) for name, score in models.items()}
+
+
 def _optimizer_options(setting: Setting, pp_rank: int, dp_rank: int) -> dict[str, int]:
     """Adam's state where TransformerEngine's optimizer or the CPU has it, which are not here: in closed form."""
-    models = {"policy": False} | ({"reward model": True} if setting.config.model.reward_model else {})
-    return {
-        f"{name} optimizer": trained_bytes(setting, pp_rank, dp_rank, score_head=score).optimizer
-        for name, score in models.items()
-    }
+    return {f"{name} optimizer": part.optimizer for name, part in _trained(setting, pp_rank, dp_rank).items()}
+
+
+def _options_on_host(setting: Setting, pp_rank: int, dp_rank: int) -> dict[str, int]:
+    """Host bytes of Adam on the CPU, and of activations that wait there for the backward pass."""
+    items = {f"{name} optimizer": part.host for name, part in _trained(setting, pp_rank, dp_rank).items()}
+    return items | {"activations": offloaded_activations(setting, pp_rank, dp_rank)}
 
 
 def quick_rank_memory(setting: Setting, rank: int) -> RankMemory:
@@ -114,10 +123,10 @@ def quick_rank_memory(setting: Setting, rank: int) -> RankMemory:
 
 def _quick(setting: Setting, rank: int, engine: EngineBytes) -> RankMemory:
     tp_rank, pp_rank, dp_rank = grid_of(setting).coordinates(rank)
-    trained = trained_bytes(setting, pp_rank, dp_rank)
-    static = _items("policy", trained) | _items("reference", frozen_bytes(setting, pp_rank))
-    if setting.config.model.reward_model:
-        static |= _items("reward model", trained_bytes(setting, pp_rank, dp_rank, score_head=True))
+    trained = _trained(setting, pp_rank, dp_rank)
+    static = _items("policy", trained["policy"]) | _items("reference", frozen_bytes(setting, pp_rank))
+    if "reward model" in trained:
+        static |= _items("reward model", trained["reward model"])
     dynamic = _modelled_passes(setting, pp_rank, dp_rank)
     return _rank_memory(setting, rank, (pp_rank, dp_rank, tp_rank), static, dynamic, engine, _TE_MODEL)
 
@@ -147,6 +156,8 @@ def _rank_memory(
     between: int = 0,
 ) -> RankMemory:
     phases = compose(setting, static, dynamic, engine, between)
+    host = Counter(host_bytes(setting, static, engine))
+    host.update(_options_on_host(setting, *coordinates[:2]))
     seen = {item for phase in phases for item in phase.live}
     return RankMemory(
         rank,
@@ -154,7 +165,7 @@ def _rank_memory(
         static,
         phases,
         tuple(item for item in (*modelled, *_ENGINE_MODEL) if item in seen),
-        host_bytes(setting, static, engine),
+        {item: size for item, size in host.items() if size},
     )
 
 

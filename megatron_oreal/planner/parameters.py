@@ -90,11 +90,12 @@ def chunk_parameters(setting: Setting, pp_rank: int, *, score_head: bool = False
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Device bytes of one model on a rank."""
+    """Device bytes of one model on a rank; ``host``: of Adam on the CPU (``parallel.optimizer_cpu_offload``)."""
 
     parameters: int
     gradients: int = 0
     optimizer: int = 0
+    host: int = 0
 
 
 def frozen_bytes(setting: Setting, pp_rank: int) -> ModelBytes:
@@ -107,10 +108,10 @@ def trained_bytes(setting: Setting, pp_rank: int, dp_rank: int = 0, *, score_hea
     """A trained model: Megatron's flat buffers, fp32 gradients, and this data-parallel rank's part of Adam's state."""
     parallel, itemsize = setting.config.parallel, ITEM_BYTES[setting.config.model.dtype]
     chunks = chunk_parameters(setting, pp_rank, score_head=score_head)
-    state = state_bytes(setting)
+    state, host = state_bytes(setting), host_state_bytes(setting)
     if not parallel.use_distributed_optimizer:
         count = sum(map(sum, chunks))
-        return ModelBytes(count * itemsize, count * 4, int(count * state))
+        return ModelBytes(count * itemsize, count * 4, int(count * state), int(count * host))
     padded = owned = 0
     for index, sizes in enumerate(chunks):
         for start, stop, params in _buckets(setting, sizes, index):
@@ -118,19 +119,29 @@ def trained_bytes(setting: Setting, pp_rank: int, dp_rank: int = 0, *, score_hea
             length = (stop - start) // setting.dp
             first = start + length * dp_rank
             owned += sum(max(min(end, first + length) - max(begin, first), 0) for begin, end in params)
-    return ModelBytes(padded * itemsize, padded * 4, int(owned * state))
+    return ModelBytes(padded * itemsize, padded * 4, int(owned * state), int(owned * host))
 
 
 def state_bytes(setting: Setting) -> float:
-    """Device bytes of Adam's state for a parameter: fp32 weights (in bf16 runs) and two moments."""
+    """Device bytes of Adam's state for a parameter: main weights (in bf16 runs) and two moments.
+
+    The precision-aware optimizer keeps 2 bytes of a main weight: all of an fp16 one, and of an fp32 one the half that
+    the bf16 weight has not (Megatron's ``store_param_remainders``, with TransformerEngine from 2.1 on).
+    """
     parallel = setting.config.parallel
     if parallel.use_precision_aware_optimizer:
         moments = _STATE_BYTES[parallel.exp_avg_dtype] + _STATE_BYTES[parallel.exp_avg_sq_dtype]
-        main = _STATE_BYTES[parallel.main_params_dtype]
+        main = 2
     else:
         moments, main = 8, 4
     total = moments + (main if setting.config.model.dtype == "bf16" else 0)
     return total * (1.0 - parallel.optimizer_offload_fraction) if parallel.optimizer_cpu_offload else float(total)
+
+
+def host_state_bytes(setting: Setting) -> float:
+    """Host bytes for a parameter of Megatron's ``HybridDeviceOptimizer``: fp32 weight, gradient and two moments."""
+    parallel = setting.config.parallel
+    return 16.0 * parallel.optimizer_offload_fraction if parallel.optimizer_cpu_offload else 0.0
 
 
 def _buckets(setting: Setting, sizes: list[int], chunk: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:

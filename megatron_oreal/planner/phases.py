@@ -53,8 +53,9 @@ def compose(
         phases.append(_phase(setting, name, static, asleep | dict(items)))
     phases.append(_phase(setting, "publish", static, asleep | staged | stays))
     if setting.config.checkpoint.every:
-        # Nothing is offloaded: the servers need not leave. An embedded engine has no cache while it does not draw.
-        engines = awake if served and not setting.config.parallel.offload else asleep
+        # Servers leave only for what has to come back. An embedded engine has no cache while it does not draw.
+        away = {item for part in set(setting.config.parallel.offload) - {"reference"} for item in _PARTS[part]}
+        engines = awake if served and not away & static.keys() else asleep
         phases.append(_phase(setting, "checkpoint", static, engines | stays))
     return tuple(phases)
 

@@ -156,7 +156,8 @@ def place(setting: Setting) -> Placement:
         )
     if world > per_node and world % per_node:
         raise UserError(
-            f"--world-size {world} is not a multiple of --ranks-per-node {per_node}: nodes are filled with ranks"
+            f"--world-size {world} is not a multiple of --ranks-per-node {per_node}: plan whole nodes, or "
+            "give the number of GPUs of a node"
         )
     served = rollout.engine == "sglang"
     engines = engine_ranks(world, min(per_node, world), rollout.engine_tp if served else 1)

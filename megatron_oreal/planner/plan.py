@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -114,7 +114,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
     from megatron_oreal.planner.placement import place
     from megatron_oreal.planner.shape import read_shape
     from megatron_oreal.planner.traffic import reshard_traffic
-    from megatron_oreal.planner.types import Setting
+    from megatron_oreal.planner.types import GIB, Setting
 
     device = find_device(arguments.gpu).with_overrides(arguments.gpu_memory_gib, arguments.network_gbps)
     _check_server_numbers(config.rollout.sglang)
@@ -132,6 +132,7 @@ def make_report(arguments: argparse.Namespace) -> Report:
     placement = place(setting)
     measured, notes = calibrate(Assumptions(), device, spec, arguments.results)
     assumed = parse_assumptions(measured, arguments.assume)
+    setting = replace(setting, reserve_bytes=round(assumed.reserve * GIB))
     rollout = config.rollout
     lengths = parse_lengths(arguments.lengths, min(rollout.gen_max_new, rollout.gen_max_length - 1))
     model = CostModel(device, assumed, Workload.draw(setting, lengths, assumed))
@@ -186,10 +187,5 @@ def _warnings(setting: Setting) -> list[str]:
     if config.rollout.engine == "embedded":
         found.append(
             "rollout.engine=embedded: the cost model takes it for an engine with CUDA graphs, without them it is slower"
-        )
-    parallel = config.parallel
-    if parallel.cpu_offloading_num_layers:
-        found.append(
-            "parallel.cpu_offloading_num_layers: copies of activations are taken to be hidden behind the computation"
         )
     return found

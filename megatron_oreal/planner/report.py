@@ -204,6 +204,11 @@ def _traffic(report: Report) -> list[str]:
             f"nothing moves: every engine parameter is the trainer's own bytes ({format_bytes(traffic.engine)} a rank)"
         )
         return [f"RESHARD: {text}"]
+    if not traffic.received_total:
+        return [
+            f"RESHARD: nothing passes between GPUs: of {format_bytes(traffic.engine)} an engine rank has "
+            f"{format_bytes(traffic.in_place_max)} in place, and copies the rest on its GPU"
+        ]
     lines = [
         f"RESHARD: an engine rank holds {format_bytes(traffic.engine)}, receives at most "
         f"{format_bytes(traffic.received_max)} (sends {format_bytes(traffic.sent_max)}), has "
@@ -284,11 +289,14 @@ def _search_row(found: Found, report: Report) -> str:
     share = rollout.sglang.get("mem_fraction_static")
     update_s = sum(seconds for name, seconds in cost.phases.items() if name.startswith("update/"))
     offload = "+".join(parallel.offload) or "-"
+    recompute: str = parallel.recompute_granularity or "-"
+    if recompute == "selective":
+        recompute = "+".join(parallel.recompute_modules or ["core_attn"])
     return (
         f"  {cost.tokens_per_s_per_gpu:>12.0f} {cost.seconds:>7.1f} {cost.phases['generate']:>6.1f} {update_s:>6.1f} "
         f"{parallel.tensor_model_parallel_size:>3} {parallel.pipeline_model_parallel_size:>3} "
         f"{parallel.virtual_pipeline_model_parallel_size or '-':>4} {dp:>4} {rollout.engine_tp:>6} "
-        f"{parallel.recompute_granularity or '-':>10} {parallel.max_tokens_per_microbatch:>7} {share or '-':>6} "
+        f"{recompute:>10} {parallel.max_tokens_per_microbatch:>7} {share or '-':>6} "
         f"{found.memory.peak.total / GIB:>6.1f}  {offload}"
     )
 
@@ -298,8 +306,6 @@ def _assumptions(report: Report) -> list[str]:
     for row in report.assumed.rows():
         value = f"{row['value']:g} {row['unit']}"
         lines.append(f"  {row['name']:<25}{value:<16} {row['source']}"[:WIDTH])
-    reserve = report.setting.reserve_bytes / GIB
-    lines.append(f"  {'reserve':<25}{f'{reserve:g} GiB':<16} assumed: contexts, NCCL, workspaces, allocator")
     return lines
 
 

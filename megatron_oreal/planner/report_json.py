@@ -14,10 +14,12 @@ from megatron_oreal.planner.variants import as_overrides
 
 
 def recompute_text(setting: Setting) -> str:
-    """``none``, ``selective``, ``full (uniform 1)``."""
+    """``none``, ``selective (core_attn, mlp)``, ``full (uniform 1)``."""
     parallel = setting.config.parallel
-    if parallel.recompute_granularity != "full":
-        return parallel.recompute_granularity or "none"
+    if parallel.recompute_granularity == "selective":
+        return f"selective ({', '.join(parallel.recompute_modules or ['core_attn'])})"
+    if parallel.recompute_granularity is None:
+        return "none"
     return f"full ({parallel.recompute_method} {parallel.recompute_num_layers})"
 
 

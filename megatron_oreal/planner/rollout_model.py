@@ -37,15 +37,25 @@ class EngineSpeed:
     prefill_s_per_token: float
 
     @classmethod
-    def of(cls, spec: ModelSpec, tp: int, itemsize: int, device: Device, assumed: Assumptions) -> EngineSpeed:
+    def of(
+        cls,
+        spec: ModelSpec,
+        tp: int,
+        itemsize: int,
+        device: Device,
+        assumed: Assumptions,
+        *,
+        cache_itemsize: int | None = None,
+    ) -> EngineSpeed:
         """Roofline of a dense model: weights and cache over bandwidth, products over FLOP/s, two all-reduces a layer.
 
-        With more ranks than KV heads each rank reads a whole head (``layout/engines.py``).
+        With more ranks than KV heads each rank reads a whole head (``layout/engines.py``). ``cache_itemsize``: bytes of
+        an element of the KV cache, ``itemsize`` unless given.
         """
         bandwidth = device.hbm * assumed.decode_hbm_efficiency
         params = WorkModel.from_spec(spec).matmul_params / tp
         kv_heads = max(1.0, spec.num_kv_heads / tp)
-        kv_bytes = 2 * spec.num_layers * kv_heads * spec.head_dim * itemsize
+        kv_bytes = 2 * spec.num_layers * kv_heads * spec.head_dim * (cache_itemsize or itemsize)
         reduced = 2 * 2 * (tp - 1) / tp * spec.num_layers * spec.hidden_size * itemsize  # bytes a request and step
         flops = device.flops * assumed.prefill_efficiency
         return cls(
@@ -174,7 +184,7 @@ class _Engine:
     def retract(self) -> None:
         """Put back the requests that have drawn least until the others can go on, as SGLang does."""
         while len(self.running) > 1 and self.context + HEADROOM_TOKENS * len(self.running) // 4 > self.cache_tokens:
-            request = max(self.running, key=lambda each: (self.running[each][0], each))
+            request = min(self.running, key=lambda each: (self.running[each][1], -each))
             end, base = self.running.pop(request)
             self.base -= base
             self.ends.remove((end, request))

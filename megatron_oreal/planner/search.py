@@ -20,6 +20,7 @@ from megatron_oreal.planner.variants import (
     ENGINE_TP,
     MEM_FRACTION,
     OFFLOAD,
+    ON_HOST,
     PP,
     RECOMPUTE,
     SP,
@@ -87,7 +88,8 @@ def search(setting: Setting, model: CostModel, top: int) -> SearchResult:
     for sizes in _all_sizes(setting):
         choices = list(_choices(setting))
         result.considered += len(choices)
-        obstacle = trainer_obstacle(setting, sizes) or engine_obstacle(setting, sizes.engine_tp)
+        sized = vary(setting, _sizes_changes(setting, sizes))
+        obstacle = trainer_obstacle(sized, sizes) or engine_obstacle(sized, sizes.engine_tp)
         if obstacle is not None:
             result.reasons[obstacle] += len(choices)
             continue
@@ -148,6 +150,8 @@ def _sizes_changes(setting: Setting, sizes: Sizes) -> dict[str, Any]:
         "parallel.num_layers_in_first_pipeline_stage": None,
         "parallel.num_layers_in_last_pipeline_stage": None,
     }
+    if sizes.pp > 1:
+        changes[ON_HOST] = 0
     if setting.config.rollout.engine == "sglang":
         changes[ENGINE_TP] = sizes.engine_tp
     return changes
@@ -259,12 +263,12 @@ def _axes(setting: Setting) -> Sequence[Sequence[dict[str, Any]]]:
         [
             dict(RECOMPUTE[name])
             for name in ("selective", "full")
-            if parallel.recompute_granularity not in (name, "full")
+            if parallel.recompute_granularity != "full" and differences(setting, RECOMPUTE[name])
         ],
         budgets,
         offloads,
         [{TP: tp * factor, SP: True} for factor in (2, 4, 8)],
-        [{PP: pp * factor, **stages} for factor in (2, 4)],
+        [{PP: pp * factor, ON_HOST: 0, **stages} for factor in (2, 4)],
     ]
     if config.rollout.engine == "sglang":
         share = get(config, MEM_FRACTION)

@@ -13,6 +13,7 @@ from functools import cached_property
 from megatron_oreal.config import Config
 from megatron_oreal.data.packing import MicrobatchPlan, WorkModel, plan_for
 from megatron_oreal.layout import ModelSpec, pipeline_layer_split
+from megatron_oreal.planner.activations import layer_bytes
 from megatron_oreal.planner.assumptions import Assumptions
 from megatron_oreal.planner.devices import Device
 from megatron_oreal.planner.pipeline import Op, pipeline_time
@@ -176,16 +177,20 @@ class UpdateModel:
 
     def _costs(self, batch: list[int], padded: int, layers: int, *, is_head: bool, backward: bool) -> _Costs:
         """One micro-batch in one chunk of ``layers`` layers; ``is_head``: with the vocabulary head behind them."""
-        spec, tp = self.spec, self.placement.grid.tp
+        spec, parallel, tp = self.spec, self.config.parallel, self.placement.grid.tp
         rate = self.device.flops * self.assumed.matmul_efficiency * tp
         share = layers / spec.num_layers
         lengths = [self.sequences[i] for i in batch]
         surplus = padded - sum(lengths)  # padding multiplies weights; its attention is negligible
         forward = share * (sum(map(self.layer_work, lengths)) + 2 * self.layer_work.matmul_params * surplus) / rate
         collective = layers * self._layer_collectives_s(padded)
-        regather = 1.5 if self.config.parallel.sequence_parallel else 1.0  # inputs are gathered again for weights
+        regather = 1.5 if parallel.sequence_parallel else 1.0  # inputs are gathered again for weights
         again, recollect = self._recompute(forward, collective, lengths, layers, rate) if backward else (0.0, 0.0)
         forward_s, backward_s = forward, 2 * forward + again
+        if backward and parallel.cpu_offloading_num_layers:  # each way behind a pass, which waits for what is late
+            saved = parallel.cpu_offloading_num_layers * layer_bytes(self.setting, padded).saved
+            copies = saved / (self.device.pcie * self.assumed.pcie_efficiency)
+            forward_s, backward_s = max(forward_s, copies), max(backward_s, copies)
         if is_head:
             read = sum(self.responses[i] for i in batch)
             product = 2 * spec.vocab_size * spec.hidden_size * read / rate

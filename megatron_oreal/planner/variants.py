@@ -15,23 +15,31 @@ from megatron_oreal.planner.types import Setting
 Changes = Mapping[str, Any]
 """Dotted key to value, for example ``{"parallel.pipeline_model_parallel_size": 4}``."""
 
+ON_HOST = "parallel.cpu_offloading_num_layers"
 RECOMPUTE: dict[str, Changes] = {
     "none": {
         "parallel.recompute_granularity": None,
         "parallel.recompute_method": None,
         "parallel.recompute_num_layers": None,
+        "parallel.recompute_modules": None,
     },
     "selective": {
         "parallel.recompute_granularity": "selective",
         "parallel.recompute_method": None,
         "parallel.recompute_num_layers": None,
+        "parallel.recompute_modules": ["mlp"],
+        ON_HOST: 0,
     },
     "full": {
         "parallel.recompute_granularity": "full",
         "parallel.recompute_method": "uniform",
         "parallel.recompute_num_layers": 1,
+        "parallel.recompute_modules": None,
+        ON_HOST: 0,
     },
 }
+"""Selective: the MLP, for fused attention keeps no scores that recomputing it would free. What Megatron excludes goes
+with each: activations that wait on the host."""
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
@@ -106,7 +114,8 @@ class Sizes:
 def trainer_obstacle(setting: Setting, sizes: Sizes) -> str | None:
     """Why the trainer cannot have these sizes, in words that count over many settings; None when it can."""
     spec, world, tp, pp, vpp = setting.spec, setting.world_size, sizes.tp, sizes.pp, sizes.vpp
-    chunks = pp * (vpp or 1)
+    parallel, chunks = setting.config.parallel, pp * (vpp or 1)
+    ends = (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage)
     checks = (
         (world % (tp * pp) != 0, "TP x PP does not divide the world"),
         (tp > setting.ranks_per_node or setting.ranks_per_node % tp != 0, "tensor parallelism across nodes"),
@@ -117,7 +126,11 @@ def trainer_obstacle(setting: Setting, sizes: Sizes) -> str | None:
         ),
         (spec.ffn_hidden_size % tp != 0, "intermediate size not divisible by TP"),
         (vpp is not None and pp == 1, "virtual stages without pipeline parallelism"),
-        (spec.num_layers % chunks != 0, "layers not divisible by the pipeline's stages"),
+        (ends == (None, None) and spec.num_layers % chunks != 0, "layers not divisible by the pipeline's stages"),
+        (
+            parallel.tp_comm_overlap and (tp == 1 or vpp is not None),
+            "tp_comm_overlap without sequence parallelism, or with virtual stages",
+        ),
     )
     return next((reason for fails, reason in checks if fails), None)
 
