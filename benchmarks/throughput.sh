@@ -70,6 +70,7 @@ done
 require_number --nnodes "$nnodes"
 require_number --node-rank "$node_rank"
 require_number --master-port "$master_port"
+nnodes=$((10#$nnodes)) node_rank=$((10#$node_rank)) # schedulers may pad with zeros, which would be octal
 ((nnodes >= 1 && node_rank < nnodes)) || die "--node-rank $node_rank is not one of --nnodes $nnodes, which count from 0"
 ((nnodes == 1)) || [[ -n $master_addr ]] || die "--master-addr is missing (or MASTER_ADDR): the address of node 0"
 [[ $launcher == megatron-oreal || $launcher == torchrun ]] || die "--launcher $launcher: megatron-oreal or torchrun"
@@ -79,6 +80,7 @@ if [[ -z $nproc ]]; then
     nproc=$gpus
 fi
 require_number --nproc-per-node "$nproc"
+nproc=$((10#$nproc))
 ((nproc)) || die "--nproc-per-node=0: must be 1 or more"
 if [[ -n $random_weights ]]; then
     [[ -f $random_weights/config.json ]] || die "--random-weights $random_weights: there is no config.json in it"

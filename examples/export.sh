@@ -46,6 +46,7 @@ else
 fi
 if [[ ! -d $checkpoint/$model ]]; then
     steps=("$work_dir"/checkpoints/step_*)
+    [[ -d ${steps[0]} ]] || die "$work_dir/checkpoints has no step_XXXXXX: is $work_dir the work_dir of a run?"
     die "$checkpoint/$model: no such directory; there are: ${steps[*]##*/}"
 fi
 require_package

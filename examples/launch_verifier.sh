@@ -100,7 +100,10 @@ end_servers() {
 }
 
 server_command "$port"
-[[ -n $dry_run ]] || command -v "${COMMAND[0]}" >/dev/null || die "${COMMAND[0]}: no such program; install $backend"
+if [[ -z $dry_run ]]; then
+    command -v "${COMMAND[0]}" >/dev/null || die "${COMMAND[0]}: no such program; install $backend"
+    command -v "$python" >/dev/null || die "--python $python: no such program; it asks the servers whether they are up"
+fi
 if [[ -z $address ]]; then
     address=$(hostname -I 2>/dev/null | cut -d' ' -f1)
     [[ -n $address ]] || address=127.0.0.1
@@ -131,10 +134,11 @@ end=$((SECONDS + wait_s))
 for ((i = 0; i < replicas; i++)); do
     log=$log_dir/verifier_$((port + i)).log
     until answers $((port + i)); do
-        for group in "${groups[@]}"; do
-            if ! kill -0 "$group" 2>/dev/null; then
+        for j in "${!groups[@]}"; do
+            if ! kill -0 "${groups[j]}" 2>/dev/null; then
+                log=$log_dir/verifier_$((port + j)).log
                 tail -n 5 "$log" >&2
-                echo "error: a server ended before it answered; see the logs in $log_dir" >&2
+                echo "error: a server ended before all answered; see $log" >&2
                 exit 1
             fi
         done

@@ -29,7 +29,7 @@ die() {
 # value OPTION [VALUE ...]: the value of an option, or an error when there is none.
 value() {
     (($# >= 2)) || die "$1 needs a value"
-    echo "$2"
+    printf '%s\n' "$2"
 }
 
 # A positive number without a sign; OPTION VALUE.
@@ -95,6 +95,7 @@ parse_training() {
     esac
 }
 
+# What a script that trains has to have been told; the ranks' number is counted where it was not.
 require_training() {
     [[ -n $config ]] || die "which config? for example examples/configs/oreal_7b.yaml; see --help"
     [[ -f $config ]] || die "config file $config does not exist"
@@ -102,16 +103,23 @@ require_training() {
         nproc=$(count_gpus)
         ((nproc)) || die "nvidia-smi lists no GPU: give --nproc-per-node"
     fi
-    require_package
 }
 
 count_gpus() {
     { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null; } | grep -c '^GPU' || true
 }
 
+# In the root of the repository every Python finds the package; whether it has what the package needs is the question.
 require_package() {
     [[ -n $dry_run ]] && return
     command -v "$python" >/dev/null || die "--python $python: no such program"
-    "$python" -c 'import megatron_oreal' 2>/dev/null ||
-        die "$python has no megatron_oreal: activate its environment, or give --python (see examples/setup_env.sh)"
+    local why
+    why=$("$python" 2>&1 >/dev/null -c '
+import sys
+sys.version_info >= (3, 11) or sys.exit("it is Python %d.%d, needed is 3.11 or newer" % sys.version_info[:2])
+import importlib.util, megatron_oreal.cli
+for name in ("torch", "megatron", "transformers", "huggingface_hub"):
+    importlib.util.find_spec(name) or sys.exit("there is no " + name)') && return
+    why=${why##*$'\n'}
+    die "$python has no megatron_oreal${why:+ ($why)}: activate its environment, or give --python (see examples/setup_env.sh)"
 }

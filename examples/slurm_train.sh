@@ -2,6 +2,7 @@
 #SBATCH --job-name=oreal
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
@@ -63,13 +64,13 @@ elif [[ -n $dry_run ]]; then
 else
     die "not in a Slurm job: submit this with sbatch, or see --help"
 fi
-require_training
+require_training # the package is looked for on each node, where there may be a container about it
 
 [[ -z $skip_check ]] || NODE_ARGS+=(--skip-check)
 ((${#check_options[@]})) || NODE_ARGS+=(--no-fabric)
 step=(
     srun --nodes "$num_nodes" --ntasks "$num_nodes" --ntasks-per-node 1 --kill-on-bad-exit=1 "${SRUN_ARGS[@]}"
-    bash "$examples/train_multi_node.sh" "$config" "${overrides[@]}"
+    env -u NODE_RANK bash "$examples/train_multi_node.sh" "$config" "${overrides[@]}"
     --nnodes "$num_nodes" --nproc-per-node "$nproc" --master-addr "$master_addr" --master-port "$master_port"
     "${NODE_ARGS[@]}" --python "$python"
 )

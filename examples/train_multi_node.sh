@@ -48,6 +48,7 @@ require_number --node-rank "$node_rank"
 require_number --master-port "$master_port"
 [[ $launcher == megatron-oreal || $launcher == torchrun ]] || die "--launcher $launcher: megatron-oreal or torchrun"
 require_training
+require_package
 
 RUN_ARGS=("$config" "${overrides[@]}")
 RANK_ARGS=(

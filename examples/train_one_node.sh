@@ -20,6 +20,7 @@ while (($#)); do
     shift "$consumed"
 done
 require_training
+require_package
 
 RUN_ARGS=("$config" "${overrides[@]}")
 RANK_ARGS=(--nproc-per-node "$nproc")

@@ -38,6 +38,11 @@ class Nodes:
         return self.nproc_per_node * self.nnodes
 
 
+def threads_per_rank(nproc_per_node: int) -> int:
+    """A rank's share of the cores that a scheduler or container lets this process use, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // nproc_per_node)
+
+
 def launch(arguments: Sequence[str], nodes: Nodes, *, quiet: bool = False) -> int:
     """Run ``python -m megatron_oreal ARGUMENTS`` on this node's ranks; returns the first failed rank's exit status.
 
@@ -62,7 +67,7 @@ def launch(arguments: Sequence[str], nodes: Nodes, *, quiet: bool = False) -> in
         monitor_interval=0.2,
     )
     # Ranks on one node share its cores; without this each would start as many threads as there are cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nodes.nproc_per_node)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(nodes.nproc_per_node)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "megatron_oreal", *arguments)

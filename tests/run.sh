@@ -21,7 +21,7 @@ export OMP_NUM_THREADS=1
 echo "== lint and format"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/shellcheck" .ci/run tests/*.sh examples/*.sh benchmarks/*.sh benchmarks/gpu/run.sh
+"$bin/shellcheck" .ci/run tests/*.sh examples/*.sh examples/*/*.sh benchmarks/*.sh benchmarks/gpu/run.sh
 echo "== types"
 "$bin/mypy"
 echo "== tests"

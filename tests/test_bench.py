@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from megatron_oreal.algorithm import select
 from megatron_oreal.bench.flops import ModelFlops
 from megatron_oreal.bench.options import PARTS, BenchOptions
 from megatron_oreal.bench.parts import _require_lengths
-from megatron_oreal.bench.run import _load_weights
+from megatron_oreal.bench.run import _load_weights, require_same_work
 from megatron_oreal.bench.workload import DrawnOutcomes, RandomWeights, SyntheticChat, Workload, has_weights
 from megatron_oreal.cli import main
 from megatron_oreal.config import Config, VerifierConfig
@@ -266,6 +267,32 @@ def test_a_response_of_another_length_ends_the_measurement() -> None:
     _require_lengths([three, none], [3, 0])
     with pytest.raises(EngineError, match=r"1 of 2 responses do not have the length .* \(1 of them aborted\)"):
         _require_lengths([three, replace(none, finish_reason="abort")], [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({}, None),
+        ({"output": "elsewhere.json", "note": "node 1"}, None),
+        ({"parts": ("loss",)}, "--parts"),
+        ({"repeats": 5}, "--repeats is 3 on rank 0 and 5 on rank 1: start every node with the same options"),
+        ({"lengths": "fixed:3"}, "--lengths"),
+    ],
+)
+def test_nodes_that_would_measure_different_things_are_refused(
+    workload: Workload, other: dict[str, Any], named: str | None
+) -> None:
+    """Their ranks would wait for each other in different collectives."""
+    said: list[Any] = []
+
+    def gather(item: Any, what: str = "") -> list[Any]:
+        said.append(item)
+        return said
+
+    platform: Any = SimpleNamespace(gather_objects=gather)
+    for options in (BenchOptions(), replace(BenchOptions(), **other)):
+        with contextlib.nullcontext() if named is None or not said else pytest.raises(UserError, match=named):
+            require_same_work(options, Workload.draw(workload.config, workload.spec, options), platform)
 
 
 def test_weights_are_random_only_where_there_are_none_on_any_node(folder: Path, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tiny
 
+from megatron_oreal.actor.specs import choose_implementation
 from megatron_oreal.bench.options import BenchOptions, read_options
 from megatron_oreal.bench.workload import Workload
 from megatron_oreal.cli import _parse
@@ -24,14 +26,19 @@ BENCHMARKS = tiny.REPOSITORY / "benchmarks"
 SIZES = {"throughput_7b_32.sh": (32, "OREAL-7B-SFT"), "throughput_32b_128.sh": (128, "OREAL-32B-SFT")}
 
 
-def gpu_bench() -> ModuleType:
-    """``benchmarks/gpu/bench.py``."""
-    spec = importlib.util.spec_from_file_location("gpu_bench", BENCHMARKS / "gpu" / "bench.py")
+def gpu_script(name: str) -> ModuleType:
+    """``benchmarks/gpu/NAME.py``."""
+    spec = importlib.util.spec_from_file_location(f"gpu_{name}", BENCHMARKS / "gpu" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_bench"] = module
+    sys.modules[f"gpu_{name}"] = module
     spec.loader.exec_module(module)
     return module
+
+
+def gpu_bench() -> ModuleType:
+    """``benchmarks/gpu/bench.py``."""
+    return gpu_script("bench")
 
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,8 +64,60 @@ def test_a_case_for_one_gpu_is_a_valid_config_and_workload(case: str, tmp_path: 
     work = Workload.draw(config, spec, BenchOptions(prompt_tokens=256))
     assert work.kept(work.first_step) and max(work.kept_lengths(work.first_step)) <= config.rollout.gen_max_length
     assert spec.num_layers == (14 if case == "7b_half" else 28)
-    line = _parse(module.command(case, tmp_path, "embedded")[3:])
+    work = tmp_path / "work"
+    line = _parse(module.command(case, tmp_path, "embedded", work)[3:])
     assert read_options(line).repeats == 2
+    assert load_config(line.config, line.overrides).work_path.is_relative_to(work)
+
+
+def test_a_case_takes_the_attention_that_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = gpu_bench()
+    monkeypatch.setenv("ATTENTION", "triton")
+    config = load_config(module.CONFIG, module.overrides("1.5b", tmp_path, "sglang"))
+    assert config.rollout.sglang["attention_backend"] == "triton" and config.rollout.sglang["mem_fraction_static"]
+    monkeypatch.delenv("ATTENTION")
+    config = load_config(module.CONFIG, module.overrides("1.5b", tmp_path, "sglang"))
+    assert "attention_backend" not in config.rollout.sglang
+
+
+def test_of_a_case_that_failed_the_ends_of_its_logs_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "servers").mkdir()
+    (tmp_path / "servers" / "server0.log").write_text("".join(f"line {i}\n" for i in range(50)) + "no kernel image\n")
+    gpu_bench().print_logs(tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "-- server0.log" and printed[-1] == "no kernel image" and "line 19" not in printed
+
+
+def test_a_case_that_hangs_is_ended_and_the_others_have_their_turn() -> None:
+    run, python = gpu_bench().run, [sys.executable, "-S", "-c"]
+    assert run([*python, "import sys; sys.exit(3)"], 60) == 3
+    began = time.monotonic()
+    assert run([*python, "import time; time.sleep(600)"], 0.5) is None
+    assert time.monotonic() - began < 60
+
+
+def test_the_first_run_asks_for_no_layers_that_refuse_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_run = gpu_script("first_run")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # TransformerEngine is installed
+    asked = first_run.combinations(engine=True)
+    assert ("transformer_engine", "bf16") in asked and first_run.combinations(engine=False) == asked[1:]
+    for implementation, dtype in asked:
+        assert choose_implementation(implementation, dtype, is_cuda=True) == implementation
+
+
+@pytest.mark.parametrize(("major", "files"), [(9, ["flash_ops.abi3.so"]), (9, ["flash_attn.py"]), (8, None)])
+def test_fa3_is_asked_for_only_where_its_library_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, major: int, files: list[str] | None
+) -> None:
+    machine = gpu_script("machine")
+    for name in files or []:
+        (tmp_path / name).touch()
+    kernels = None if files is None else SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: kernels)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (major, 0))
+    assert machine.attention_backend() == ("fa3" if files == ["flash_ops.abi3.so"] else "triton")
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -249,18 +249,18 @@ def test_preparation_and_export() -> None:
         f"python3 {tools}/hf_to_megatron.py --hf models/OREAL-32B-SFT --out models/m --tp 8 --pp 1",
     ]
     done = script("export", "gone", "--out", "x", "--dry-run")
-    assert done.returncode == 2 and "no such directory" in done.stderr
+    assert done.returncode == 2 and "gone/checkpoints has no step_XXXXXX" in done.stderr
 
 
 def test_a_slurm_job_starts_one_launcher_a_node(tmp_path: Path) -> None:
     write_program(tmp_path / "scontrol", "#!/bin/bash\nprintf '%s\\n' gpu07 gpu08\n")
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_NUM_NODES": "2"}
     job |= {"SLURM_GPUS_ON_NODE": "8"}
-    options = ["--srun-arg", "--container-image=i", "--no-fabric", "--join-timeout", 60, "seed=1"]
+    options = ["--srun-arg", "--container-image=i", "--srun-arg", "-E", "--no-fabric", "--join-timeout", 60, "seed=1"]
     (line,) = printed("slurm_train", "examples/configs/oreal_7b.yaml", *options, env=job, path=tmp_path)
     assert line == (
-        "srun --nodes 2 --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit=1 --container-image=i bash "
-        f"{EXAMPLES}/train_multi_node.sh examples/configs/oreal_7b.yaml seed=1 --nnodes 2 --nproc-per-node 8 "
+        "srun --nodes 2 --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit=1 --container-image=i -E env -u NODE_RANK "
+        f"bash {EXAMPLES}/train_multi_node.sh examples/configs/oreal_7b.yaml seed=1 --nnodes 2 --nproc-per-node 8 "
         "--master-addr gpu07 --master-port 23456 --join-timeout 60 --no-fabric --python python3"
     )
     done = script("slurm_train", "examples/configs/oreal_7b.yaml")
@@ -296,7 +296,16 @@ def test_a_python_without_the_package_is_said(run: Path, tmp_path: Path) -> None
     write_program(tmp_path / "py", "#!/bin/bash\nexit 1\n")
     done = script("train_one_node", run, "--nproc-per-node", 1, "--python", tmp_path / "py")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path / 'py'} has no megatron_oreal")
+    assert done.stderr.startswith(f"error: {tmp_path / 'py'} has no megatron_oreal: ")
+
+
+def test_a_python_that_finds_the_package_and_not_what_it_needs_is_said(run: Path, tmp_path: Path) -> None:
+    """In the root of the repository every Python finds the package."""
+    write_program(tmp_path / "py", f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n')
+    done = script("train_one_node", run, "--nproc-per-node", 1, "--python", tmp_path / "py")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'py'} has no megatron_oreal (ModuleNotFoundError: No module named ")
 
 
 FAKE_VLLM = """#!{python}
@@ -339,14 +348,29 @@ def test_verifiers_are_started_announced_and_ended_together(tmp_path: Path) -> N
             socket.create_connection(("127.0.0.1", number), timeout=2)
 
 
+def test_the_log_of_the_verifier_that_ended_is_shown(tmp_path: Path) -> None:
+    port = free_port(2)
+    write_program(
+        tmp_path / "vllm", f"#!/bin/bash\n[[ ${{@: -1}} != {port} ]] || exec sleep 60\necho no memory\nexit 3\n"
+    )
+    options = ["--backend", "vllm", "--replicas", 2, "--gpus", "none", "--port", port, "--python", sys.executable]
+    done = script("launch_verifier", *options, "--log-dir", tmp_path / "logs", path=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[2:] == [
+        "no memory",
+        f"error: a server ended before all answered; see {tmp_path / 'logs' / f'verifier_{port + 1}.log'}",
+    ]
+
+
 def test_a_verifier_that_cannot_start_is_the_end_of_all(tmp_path: Path) -> None:
     write_program(tmp_path / "vllm", "#!/bin/bash\necho out of memory\nexit 3\n")
-    options = ["--backend", "vllm", "--gpus", "none", "--port", free_port(), "--python", sys.executable]
+    port = free_port()
+    options = ["--backend", "vllm", "--gpus", "none", "--port", port, "--python", sys.executable]
     done = script("launch_verifier", *options, "--log-dir", tmp_path / "logs", path=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[1:] == [
         "out of memory",
-        f"error: a server ended before it answered; see the logs in {tmp_path / 'logs'}",
+        f"error: a server ended before all answered; see {tmp_path / 'logs' / f'verifier_{port}.log'}",
     ]
 
 
@@ -418,6 +442,20 @@ def test_a_model_is_downloaded_converted_and_not_fetched_twice(tmp_path: Path, m
     assert again.returncode == 0
     assert "0.0 GB to download" in again.stdout
     assert again.stdout.count("is there already") == 2
+
+
+def test_a_local_model_is_left_alone(tmp_path: Path, hub: str) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "mine" / name).write_text("mine")
+    options = ["--model", "some/model", "--model-dir", "mine", "--prompts", "", "--python", sys.executable]
+    env = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    done = script("prepare", *options, env=env, cwd=tmp_path)
+    assert done.returncode == 0 and "mine is there already" in done.stdout, done.stderr
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == {
+        "config.json": "mine",
+        "model.safetensors": "mine",
+    }
 
 
 def start_nodes(run: Path, port: int, *overrides: str) -> list[subprocess.CompletedProcess[str]]:
@@ -499,9 +537,13 @@ def test_a_slurm_job_checks_measures_and_trains(run: Path, tmp_path: Path) -> No
 
 
 def test_a_slurm_job_whose_step_fails_fails_with_it(run: Path, tmp_path: Path) -> None:
-    write_program(tmp_path / "py", "#!/bin/bash\n[[ $1 == -c ]] || exit 7\n")
+    """The package need not be there where the batch script runs, outside of the container that the tasks are in."""
+    lines = ["#!/bin/bash", "[[ -n $SLURM_NODEID ]] || exit 3", "[[ $1 != -c ]] || exit 0"]
+    lines += ["[[ $* == *--node-rank\\ $SLURM_NODEID\\ * ]] || exit 4", "exit 7\n"]
+    write_program(tmp_path / "py", "\n".join(lines))
     options = ["--python", tmp_path / "py"]
-    assert script("slurm_train", run, *options, env=slurm(tmp_path), path=tmp_path).returncode == 7
+    env = slurm(tmp_path) | {"NODE_RANK": "5"}  # of the shell that submitted the job
+    assert script("slurm_train", run, *options, env=env, path=tmp_path).returncode == 7
 
 
 @pytest.mark.parametrize(("restarts", "requeued"), [("0", True), ("20", False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import socket
@@ -17,11 +18,12 @@ from megatron_oreal import cli
 from megatron_oreal.config import Config
 from megatron_oreal.config_load import load_config
 from megatron_oreal.errors import UserError
+from megatron_oreal.launch import threads_per_rank
 from megatron_oreal.layout.families import hf_tensors
 from megatron_oreal.layout.model_spec import load_model_spec
 from megatron_oreal.preflight import devices, fabric, host, storage
 from megatron_oreal.preflight.identity import differences, node_facts
-from megatron_oreal.preflight.result import Check, NodeReport, as_text, fail, ok, summary
+from megatron_oreal.preflight.result import Check, NodeReport, as_text, checked, fail, ok, summary
 
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version {}). Please update your GPU driver by downloading and "
@@ -153,12 +155,17 @@ Legend:
 """
 
 
-def test_links_between_gpus_are_read_and_those_to_network_cards_are_not() -> None:
+def test_links_between_gpus_are_read_and_those_to_network_cards_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     everywhere, pairs = TOPOLOGY.format(a="NV12", b="NV12"), TOPOLOGY.format(a="SYS", b="NODE")
-    assert devices.slowest_links(everywhere, 4) == ["NV12"]
-    assert devices.slowest_links(pairs, 4) == ["NODE", "NV12", "SYS"]
-    assert devices.slowest_links("", 4) == []
-    assert devices.slowest_links("Failed to query topology", 2) == []
+    assert devices.slowest_links(everywhere, range(4)) == ["NV12"]
+    assert devices.slowest_links(pairs, range(4)) == ["NODE", "NV12", "SYS"]
+    assert devices.slowest_links(pairs, [2, 3]) == ["NV12"]
+    assert devices.slowest_links(pairs, [0, 2]) == ["SYS"]
+    assert devices.slowest_links("", range(4)) == []
+    assert devices.slowest_links("Failed to query topology", range(2)) == []
+    for visible, gpus in {"4,5,6": [4, 5], "GPU-1a2b,GPU-3c4d": [0, 1], "": [0, 1]}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert devices.visible_gpus(2) == gpus
 
 
 def test_gpus_in_use_are_those_with_more_than_two_gib() -> None:
@@ -191,6 +198,13 @@ def test_bandwidth_is_that_of_the_bus_and_below_the_least_it_fails() -> None:
     assert slow.status == "fail"
     assert "3 GB/s" in slow.detail and "--min-bandwidth=10" in slow.detail and "least on b" in slow.detail
     assert fabric.judge(found, 2.5).status == "ok"
+    inside = {"a": 200.0, "b": 20.0}
+    for kinds, status in {("NVLink", "NVLink"): "fail", ("NVLink", "PCIe"): "ok"}.items():
+        broken = fabric.judge(fabric.Bandwidth("RDMA", 16, 2**28, 19.0, inside, dict(zip("ab", kinds, strict=True))))
+        assert broken.status == status
+        assert ("within b the all-reduce has a bus bandwidth of 20 GB/s, less than 50" in broken.detail) == (
+            status == "fail"
+        )
 
 
 def test_a_rank_that_never_got_on_is_named(tmp_path: Path) -> None:
@@ -198,10 +212,17 @@ def test_a_rank_that_never_got_on_is_named(tmp_path: Path) -> None:
         with fabric.Stages(tmp_path, 60.0, rank) as seen:
             for stage in stages:
                 seen.at(stage)
-    for ranks, words in {(8, 9): "rank 9 has waited 30 s for all to join", (8, 9, 10): "rank 10 has"}.items():
+
+    def said(*ranks: int) -> str:
         found = fabric.read_result(tmp_path, ranks, 30.0)
         assert isinstance(found, Check) and found.status == "fail"
-        assert words in found.detail
+        return found.detail
+
+    assert said(8, 9).startswith("a rank of this node ended by itself, while rank 9 waited for all to join: ")
+    state = tmp_path / "rank_8.json"  # as at the deadline
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"waited": True}))
+    assert said(8, 9).startswith("rank 9 has waited 30 s for all to join: ")
+    assert said(8, 9, 10).startswith("rank 10 has waited 30 s for its start: ")
 
 
 # Packages, memory, descriptors
@@ -213,6 +234,11 @@ def test_versions_are_compared_with_the_requirements() -> None:
     assert len(wrong) == 3
     assert wrong[0].startswith("torch 2") and wrong[0].endswith("wanted >=99")
     assert wrong[1] == "no-such-package is not installed, wanted >1"
+
+
+def test_ranks_share_the_cores_that_their_launcher_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(48, 64)))  # a job's part of a larger machine
+    assert [threads_per_rank(ranks) for ranks in (1, 8, 32)] == [16, 2, 1]
 
 
 def test_a_socket_for_every_request_in_flight(run: Path) -> None:
@@ -235,12 +261,43 @@ def test_too_low_a_limit_of_open_files_is_said(run: Path, monkeypatch: pytest.Mo
 def test_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 2000000 kB\nMemAvailable:    1000000 kB\n")
-    assert host.available_memory(meminfo, tmp_path) == 1000000 * 1024
+    own = tmp_path / "own"
+    assert host.available_memory(meminfo, tmp_path, own) == 1000000 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("4096\n")
-    assert host.available_memory(meminfo, tmp_path) == 1000000 * 1024
+    assert host.available_memory(meminfo, tmp_path, own) == 1000000 * 1024
     (tmp_path / "memory.max").write_text("104096\n")
-    assert host.available_memory(meminfo, tmp_path) == 100000
+    assert host.available_memory(meminfo, tmp_path, own) == 100000
+    (tmp_path / "memory.stat").write_text("file 4000\nactive_file 1000\ninactive_file 2000\n")
+    assert host.available_memory(meminfo, tmp_path, own) == 103000, "files that were read count as used"
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used", "prefix"),
+    [
+        ("0::/slurm/job_7/step_0", "slurm/job_7", "memory.max", "memory.current", ""),
+        (
+            "9:cpu,memory:/slurm/uid_1/job_7",
+            "memory/slurm/uid_1",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_",
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_memory_is_what_a_schedulers_job_leaves(
+    tmp_path: Path, line: str, folder: str, limit: str, used: str, prefix: str
+) -> None:
+    """The limit stands at the job or above it, not at the root of the tree as in a container."""
+    meminfo, own, job = tmp_path / "meminfo", tmp_path / "own", tmp_path / folder
+    meminfo.write_text("MemAvailable:    1000000 kB\n")
+    own.write_text(f"4:pids:/elsewhere\n{line}\n")
+    job.mkdir(parents=True)
+    (job / limit).write_text("500000\n")
+    (job / used).write_text("200000\n")
+    (job / "memory.stat").write_text(f"{prefix}active_file 50000\n{prefix}inactive_file 0\n")
+    assert host.available_memory(meminfo, tmp_path, own) == 350000
 
 
 def test_offloaded_bytes_of_a_rank(run: Path, model: Path) -> None:
@@ -255,6 +312,32 @@ def test_offloaded_bytes_of_a_rank(run: Path, model: Path) -> None:
     assert host.offloaded_bytes(config, spec, 8) == 2 * policy // 2 * 2 + scorer // 2 * 2 + scorer // 2 * 12 // 4
     found = list(host.check_memory(config, load_model_spec("examples/models/OREAL-32B-SFT"), 8, 8, "cuda"))
     assert found[0].status == "fail" and "parallel.offload" in found[0].detail
+
+
+def test_weights_that_are_kept_for_servers_count(run: Path) -> None:
+    spec = load_model_spec("examples/models/OREAL-32B-SFT")
+    served = ["rollout.engine=sglang", "model.dtype=bf16"]
+    config = load_config(run, [*served, "rollout.engine_tp=4"])
+    assert host.kept_bytes(config, spec) * 4 == spec.num_parameters() * 2
+    assert host.kept_bytes(load_config(run, ["rollout.engine=embedded"]), spec) == 0
+    assert host.kept_bytes(load_config(run, [*served, "rollout.server.keep_weights=false"]), spec) == 0
+    config.rollout.engine_tp = 1  # 8 copies of 61 GiB a node
+    needed = host.kept_bytes(config, spec) * 8
+    found = list(host.check_memory(config, spec, 8, 8, "cuda"))
+    assert found[0].status == "fail" or needed < host.available_memory()
+    assert f"{needed / 2**30:.0f} GiB pinned for parallel.offload and rollout.server.keep_weights" in found[0].detail
+    assert found[0].status != "fail" or "set rollout.server.keep_weights=false" in found[0].detail
+
+
+def test_an_allocator_whose_memory_no_server_can_map_is_said_before_a_run(run: Path) -> None:
+    config = load_config(run, ["rollout.engine=sglang"])
+    set_so = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    found = checked("allocator", lambda: host.check_server_allocator(config, "cuda", set_so))
+    assert [check.status for check in found] == ["fail"]
+    assert "remove expandable_segments" in found[0].detail
+    assert [check.status for check in host.check_server_allocator(config, "cuda", {})] == ["ok"]
+    config.rollout.engine = "embedded"
+    assert list(host.check_server_allocator(config, "cuda", set_so)) == []
 
 
 # The command on one node: what is wrong ends it before a model is built
@@ -359,7 +442,8 @@ def test_a_mistake_in_the_command_is_status_two(run: Path, capsys: pytest.Captur
     assert cli.main(["check", str(run), "rollout.topp=1"]) == 2
     assert cli.main(["check", str(run), "--nnodes", "2", "--node-rank", "2"]) == 2
     assert cli.main(["check", str(run), "--master-port", "70000"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert cli.main(["check", str(run), "--min-bandwidth", "nan"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 4
 
 
 def test_a_taken_master_port_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,6 +507,15 @@ def test_every_kind_of_difference_between_nodes_is_named(run: Path, model: Path,
     moved = load_config(run, [f"model.path={tmp_path / 'copy'}"])
     changed = facts_of(moved, "b") | {"config": stem["config"]}
     assert [kind for kind, _ in differences([stem, changed])] == ["model"]
+    shutil.copy(config.data.train, tmp_path / "copy.jsonl")
+    same = load_config(run, [f"data.train={tmp_path / 'copy.jsonl'}"])
+    assert list(differences([stem, facts_of(same, "b") | {"config": stem["config"]}])) == []
+    with (tmp_path / "copy.jsonl").open("a") as file:
+        file.write("\n")
+    longer = facts_of(same, "b") | {"config": stem["config"]}
+    assert "data.train is" in dict(differences([stem, longer]))["prompts"]
+    older = {kind: fact for kind, fact in stem.items() if kind != "prompts"} | {"code": {"megatron-oreal": "0.0.1"}}
+    assert "code" in dict(differences([stem, older]))
     newer = facts_of(config, "b", packages=stem["packages"] | {"torch": "9.9"})
     assert "torch is" in dict(differences([stem, newer]))["packages"]
     fewer = facts_of(config, "b", **{"ranks a node": {"--nproc-per-node": 4}})

@@ -232,6 +232,10 @@ def test_servers_listen_where_other_nodes_reach_them(run: Path) -> None:
     with pytest.raises(UserError, match=r"rollout\.server\.host='127\.0\.0\.1' is reached from its own node only"):
         require_reachable_servers(config, ["a", "b"])
     require_reachable_servers(config, ["a", "a"])
+    config.rollout.server.host = "0.0.0.0"  # where the first rank would find its own node
+    assert server_override(config, "10.0.0.7", 2) == "rollout.server.host=10.0.0.7"
+    with pytest.raises(UserError, match=r"rollout\.server\.host='0\.0\.0\.0' is reached from its own node only"):
+        require_reachable_servers(config, ["a", "b"])
     config.rollout.server.host = "10.0.0.7"
     assert server_override(config, "10.0.0.8", 2) is None
     require_reachable_servers(config, ["a", "b"])
@@ -271,6 +275,22 @@ def test_training_without_its_master_ends_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert "node 0 was not reached within 1 s" in line
     assert not (tmp_path / "run").exists()
+
+
+def bandwidth_of_two_nodes() -> Bandwidth | None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    platform = platforms.init_distributed("cpu", 60)
+    with Stages(None, 60, platform.rank) as stages:
+        return measure(platform, stages)
+
+
+@pytest.mark.slow
+def test_bandwidth_within_nodes_is_measured_too() -> None:
+    found = run_ranks("test_preflight_nodes:bandwidth_of_two_nodes", 4)
+    assert found == [found[0]] * 4
+    host = socket.gethostname()
+    assert found[0].num_ranks == 4 and found[0].kinds == {host: "gloo"}
+    assert found[0].by_node.keys() == {host} and found[0].by_node[host] > 0
 
 
 def compare_with_own_seed(config_path: str, whole_run: bool) -> tuple[str, Bandwidth | None]:

@@ -34,6 +34,9 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--revision", default="main")
     arguments = parser.parse_args()
+    if any(arguments.out.glob("*.safetensors")) and not (arguments.out / ".cache" / "huggingface").is_dir():
+        print(f"{arguments.out} is there already, and did not come by a download: left alone")
+        return 0
     try:
         info = HfApi().model_info(arguments.repo, revision=arguments.revision, files_metadata=True)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

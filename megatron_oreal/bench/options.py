@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--warmup", type=int, default=1, metavar="N", help="repeats that do not count [1]")
     what.add_argument("--repeats", type=int, default=3, metavar="N", help="repeats that count [3]")
-    what.add_argument("--output", metavar="FILE.json")
+    what.add_argument("--output", metavar="FILE.json", help="write the result there")
     what.add_argument("--note", metavar="TEXT", help="stands in the JSON")
     compare = parser.add_argument_group("two results (without a config)")
     compare.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="exit status 1 when B is worse")

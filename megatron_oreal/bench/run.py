@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,7 @@ from megatron_oreal.config import Config
 from megatron_oreal.config_check import check_config
 from megatron_oreal.data.chat import ChatTemplate
 from megatron_oreal.data.sampler import PromptOrder
-from megatron_oreal.errors import UserError
+from megatron_oreal.errors import UserError, of_key
 from megatron_oreal.layout import ModelSpec, load_from_hf, load_model_spec
 from megatron_oreal.planner.devices import device_of_name
 from megatron_oreal.platform import Platform
@@ -34,9 +36,14 @@ def bench(config: Config, options: BenchOptions) -> None:
     drawn: list[Workload] = []
 
     def load(config: Config, platform: Platform, _: bool) -> Inputs:
-        spec = load_model_spec(config.model.path)
-        check_config(config, spec, platform.world_size, platform.ranks_per_node)
-        work = Workload.draw(config, spec, options)
+        def draw() -> tuple[ModelSpec, Workload]:
+            with of_key("model.path"):
+                spec = load_model_spec(config.model.path)
+            check_config(config, spec, platform.world_size, platform.ranks_per_node)
+            return spec, Workload.draw(config, spec, options)
+
+        spec, work = platform.fail_together(draw)
+        require_same_work(options, work, platform)
         drawn.append(work)
         steps = options.warmup + options.repeats
         prompts = work.prompts(steps * len(work.lengths))
@@ -69,6 +76,23 @@ def bench(config: Config, options: BenchOptions) -> None:
             if options.output is not None:
                 Path(options.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                 print(f"\nwritten: {options.output}", flush=True)
+
+
+def require_same_work(options: BenchOptions, work: Workload, platform: Platform) -> None:
+    """Raise ``UserError`` on all ranks, a collective of them, when nodes were started to measure different things.
+
+    Their ranks would wait for each other in different places.
+    """
+    digest = hashlib.sha256(work.lengths.tobytes()).hexdigest()[:12]
+    mine = asdict(replace(options, output=None, note=None)) | {"lengths": f"{work.distribution} ({digest})"}
+    every = platform.gather_objects(mine, "the options of the other nodes")
+    for rank, other in enumerate(every):
+        for name, first in every[0].items():
+            if other[name] != first:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {first} on rank 0 and {other[name]} on rank {rank}: start every "
+                    "node with the same options"
+                )
 
 
 def effective(config: Config) -> Config:

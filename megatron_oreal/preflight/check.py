@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from megatron_oreal.config import Config
 from megatron_oreal.config_load import load_config
-from megatron_oreal.errors import UserError
+from megatron_oreal.errors import UserError, of_key
 from megatron_oreal.launch import Nodes, launch
 from megatron_oreal.layout.model_spec import ModelSpec, load_model_spec
 from megatron_oreal.preflight import devices, fabric, host, storage
@@ -75,6 +75,8 @@ def check(arguments: argparse.Namespace, nodes: Nodes) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if not 0 < arguments.fabric_timeout <= 86400:
         raise UserError(f"--fabric-timeout={arguments.fabric_timeout:g}: must be above 0 and at most 86400 seconds")
+    if arguments.min_bandwidth is not None and not arguments.min_bandwidth >= 0:
+        raise UserError(f"--min-bandwidth={arguments.min_bandwidth:g}: must be 0 or more GB/s")
     if "LOCAL_RANK" in os.environ:
         return _under_torchrun(arguments, config)
     place = Place(nodes.nnodes, nodes.node_rank, nodes.nproc_per_node)
@@ -152,7 +154,8 @@ def _local(config: Config, place: Place) -> list[Check]:
 
     def shape() -> Iterator[Check]:
         nonlocal spec
-        spec = load_model_spec(config.model.path)
+        with of_key("model.path"):
+            spec = load_model_spec(config.model.path)
         from megatron_oreal.config_check import check_config
 
         check_config(config, spec, world, per_node)
@@ -166,6 +169,7 @@ def _local(config: Config, place: Place) -> list[Check]:
         ("open files", lambda: host.check_descriptors(config, world)),
         ("shared memory", lambda: host.check_shared_memory(device, per_node)),
         ("environment", lambda: host.check_environment(os.environ)),
+        ("allocator", lambda: host.check_server_allocator(config, device, os.environ)),
         ("ports", lambda: host.check_ports(config, per_node)),
         ("verifier", lambda: _verifier(config)),
     ]
@@ -221,16 +225,18 @@ def _clocks(times: Sequence[float], facts: Sequence[dict[str, Any]]) -> Iterator
 
 
 def _fabric(arguments: argparse.Namespace, config: Config, nodes: Nodes) -> Check:
-    """Start the ranks and read what they found."""
+    """Start the ranks and read what they found. ``SystemExit`` when a signal has ended them."""
     if nodes.world_size == 1:
         return ok("fabric", "one rank: nothing to measure")
     with tempfile.TemporaryDirectory(prefix="oreal-fabric-") as folder:
         ranks = ["check", arguments.config, *arguments.overrides, "--fabric", "--fabric-folder", folder]
         ranks += ["--fabric-timeout", str(arguments.fabric_timeout)]
         try:
-            launch(ranks, nodes, quiet=True)
+            status = launch(ranks, nodes, quiet=True)
         except UserError as error:
             return fail("fabric", str(error))
+        if status > 128:  # Ctrl-C or a scheduler: nothing was found out
+            raise SystemExit(status)
         first = nodes.node_rank * nodes.nproc_per_node
         found = fabric.read_result(Path(folder), range(first, first + nodes.nproc_per_node), arguments.fabric_timeout)
     return found if isinstance(found, Check) else fabric.judge(found, arguments.min_bandwidth)

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -193,7 +193,7 @@ def check_interconnect(device: str, nnodes: int, ranks_per_node: int) -> Iterato
         return
     if ranks_per_node > 1:
         answer = _smi("topo", "-m")
-        slowest = slowest_links(answer or "", ranks_per_node)
+        slowest = slowest_links(answer or "", visible_gpus(ranks_per_node))
         if not slowest:
             yield warning("interconnect", "nvidia-smi topo -m does not say how the GPUs are connected: see --fabric")
         elif all(link.startswith("NV") for link in slowest):
@@ -212,19 +212,24 @@ def link_kind(ranks_per_node: int) -> Link:
     """NVLink when it joins all pairs of the node's GPUs, else PCIe; none for a single one."""
     if ranks_per_node == 1:
         return "none"
-    slowest = slowest_links(_smi("topo", "-m") or "", ranks_per_node)
+    slowest = slowest_links(_smi("topo", "-m") or "", visible_gpus(ranks_per_node))
     return "NVLink" if slowest and all(link.startswith("NV") for link in slowest) else "PCIe"
 
 
-def slowest_links(topology: str, num_gpus: int) -> list[str]:
-    """Kinds of links between the first ``num_gpus`` GPUs in ``nvidia-smi topo -m``, sorted; empty when it has none."""
+def visible_gpus(count: int) -> list[int]:
+    """The GPUs of a node's ranks as nvidia-smi numbers them: ``CUDA_VISIBLE_DEVICES`` where it has numbers."""
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [int(name) for name in named[:count]] if all(map(str.isdigit, named)) else list(range(count))
+
+
+def slowest_links(topology: str, gpus: Sequence[int]) -> list[str]:
+    """Kinds of links between these GPUs in ``nvidia-smi topo -m``, sorted; empty when it does not have them."""
     found = set()
     for line in _ANSI.sub("", topology).splitlines():
         words = line.split()
-        if not words or not re.fullmatch(r"GPU\d+", words[0]) or len(words) <= num_gpus:
-            continue
-        if "X" in words[1 : num_gpus + 1]:
-            found |= set(words[1 : num_gpus + 1]) - {"X"}
+        row = re.fullmatch(r"GPU(\d+)", words[0]) if words else None
+        if row and int(row[1]) in gpus and len(words) > max(gpus) + 1 and words[int(row[1]) + 1] == "X":
+            found |= {words[gpu + 1] for gpu in gpus} - {"X"}
     return sorted(found)
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,17 @@ _CALLS = {"cuda": (5, 20), "cpu": (1, 4)}  # warm-up, timed
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """GB/s of bus bandwidth over ``num_ranks``; ``by_node``: within each node, by host, where there are several."""
+    """GB/s of bus bandwidth over ``num_ranks``; ``by_node``: within each node, by host, where there are several.
+
+    ``kinds``: what joins the GPUs of each node, by host.
+    """
 
     kind: str
     num_ranks: int
     message_bytes: int
     gb_s: float
     by_node: dict[str, float]
+    kinds: dict[str, str] = field(default_factory=dict)
 
 
 def bus_bandwidth(num_ranks: int, message_bytes: int, seconds: float) -> float:
@@ -51,7 +55,7 @@ def bus_bandwidth(num_ranks: int, message_bytes: int, seconds: float) -> float:
 
 
 def judge(found: Bandwidth, least_gb_s: float | None = None) -> Check:
-    """The measured bandwidth against the least that is expected of its kind."""
+    """The measured bandwidths against the least that is expected of their kinds; ``least_gb_s``: over all ranks."""
     least = LEAST_GB_S[found.kind] if least_gb_s is None else least_gb_s
     nodes = ""
     if found.by_node:
@@ -67,6 +71,14 @@ def judge(found: Bandwidth, least_gb_s: float | None = None) -> Check:
             f"{text}, less than --min-bandwidth={least:g}: NCCL_DEBUG=INFO shows the path that NCCL takes; mend the "
             "link or lower the threshold",
         )
+    for host, kind in found.kinds.items():  # the slowest link of all hides behind the network's threshold
+        if found.by_node[host] < LEAST_GB_S[kind]:
+            return fail(
+                "fabric",
+                f"within {host} the all-reduce has a bus bandwidth of {found.by_node[host]:.3g} GB/s, less than "
+                f"{LEAST_GB_S[kind]:g} for {kind}: see nvidia-smi nvlink --status and NCCL_P2P_DISABLE there, or leave "
+                "the node out",
+            )
     return ok("fabric", text)
 
 
@@ -77,7 +89,7 @@ class Stages:
         self._rank = rank
         self._file = None if folder is None else folder / f"rank_{rank}.json"
         self._deadline_s = deadline_s
-        self._stage, self._number = "", 0
+        self._stage, self._number, self._is_done = "", 0, False
         self._timer = threading.Timer(deadline_s, self._end)
         self._timer.daemon = True
 
@@ -95,6 +107,7 @@ class Stages:
 
     def done(self, found: Bandwidth) -> None:
         """Leave the result."""
+        self._is_done = True
         self._write({"found": vars(found)})
 
     def failed(self, error: Exception) -> None:
@@ -111,6 +124,8 @@ class Stages:
         if self._file is None:
             line = f"error: rank {self._rank} has waited {self._deadline_s:.0f} s for {self._stage}"
             print(f"{line}: --fabric-timeout", file=sys.stderr, flush=True)
+        elif not self._is_done:
+            self._write({"stage": self._stage, "number": self._number, "waited": True})
         os._exit(0 if self._file is not None else 1)  # threads inside NCCL or gloo do not end otherwise
 
 
@@ -127,7 +142,7 @@ def fabric_rank(config: Config, folder: Path, deadline_s: float) -> int:
             found = measure(platform, stages)
         except Exception as error:  # whatever it is, it is the finding
             stages.failed(error)
-            return 1
+            os._exit(1)  # a broken communicator may hang at Python's end, behind the deadline
         if found is not None:
             stages.done(found)
         platforms.shutdown_distributed()
@@ -150,6 +165,7 @@ def measure(platform: Platform, stages: Stages) -> Bandwidth | None:
     seconds = _timed(message, None, platform)
     per_node = platform.ranks_per_node
     by_node: dict[str, float] = {}
+    kinds: dict[str, str] = {}
     num_nodes = platform.world_size // per_node
     if num_nodes > 1 and per_node > 1:
         stages.at("all-reduces within the nodes")
@@ -158,12 +174,15 @@ def measure(platform: Platform, stages: Stages) -> Bandwidth | None:
             group = dist.new_group(list(range(node * per_node, (node + 1) * per_node)))
             own = group if platform.rank // per_node == node else own
         inside = bus_bandwidth(per_node, _BYTES[device], _timed(message, own, platform))
-        for host, gb_s in platform.gather_objects((socket.gethostname(), inside)):
+        link = _kind(device, 1, per_node) if platform.rank % per_node == 0 else None
+        for host, gb_s, kind in platform.gather_objects((socket.gethostname(), inside, link)):
             by_node[host] = min(gb_s, by_node.get(host, gb_s))
+            if kind is not None:
+                kinds[host] = kind
     slowest = max(platform.gather_objects(seconds))
     found = bus_bandwidth(platform.world_size, _BYTES[device], slowest)
     kind = platform.broadcast_object(_kind(device, num_nodes, per_node))
-    return Bandwidth(kind, platform.world_size, _BYTES[device], found, by_node)
+    return Bandwidth(kind, platform.world_size, _BYTES[device], found, by_node, kinds)
 
 
 def _timed(message: torch.Tensor, group: dist.ProcessGroup | None, platform: Platform) -> float:
@@ -197,11 +216,17 @@ def read_result(folder: Path, ranks: Sequence[int], deadline_s: float) -> Bandwi
     waiting = {rank: state for rank, state in states.items() if "found" not in state}
     if waiting:
         rank = min(waiting, key=lambda number: waiting[number].get("number", 0))  # the others wait for it
+        stage = waiting[rank].get("stage", "its start")
+        if not any("waited" in state for state in waiting.values()):
+            return fail(
+                "fabric",
+                f"a rank of this node ended by itself, while rank {rank} waited for {stage}: see its output above; "
+                "NCCL_DEBUG=INFO says more",
+            )
         return fail(
             "fabric",
-            f"rank {rank} has waited {deadline_s:.0f} s for {waiting[rank].get('stage', 'its start')}: look for a "
-            "rank or node that is missing, a firewall between the nodes, or a wrong NCCL_SOCKET_IFNAME; "
-            "NCCL_DEBUG=INFO says more",
+            f"rank {rank} has waited {deadline_s:.0f} s for {stage}: look for a rank or node that is missing, a "
+            "firewall between the nodes, or a wrong NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO says more",
         )
     return Bandwidth(**states[ranks[0]]["found"])
 

@@ -18,6 +18,7 @@ from megatron_oreal.config import Config
 from megatron_oreal.layout.families import hf_tensors
 from megatron_oreal.layout.model_spec import ModelSpec
 from megatron_oreal.preflight.result import Check, fail, ok, warning
+from megatron_oreal.rollout.sglang.args import check_allocator
 
 _GIB = 2**30
 _SHARED_MEMORY = _GIB
@@ -120,13 +121,16 @@ def check_shared_memory(device: str, ranks_per_node: int, path: str = "/dev/shm"
 
 
 def check_memory(config: Config, spec: ModelSpec, world_size: int, ranks_per_node: int, device: str) -> Iterator[Check]:
-    """Pinned host memory of ``parallel.offload`` on this node against what is available."""
+    """Pinned host memory of ``parallel.offload`` and of kept weights on this node against what is available."""
     available = available_memory()
-    needed = offloaded_bytes(config, spec, world_size) * ranks_per_node if device == "cuda" else 0
+    kept = kept_bytes(config, spec)
+    needed = (offloaded_bytes(config, spec, world_size) + kept) * ranks_per_node if device == "cuda" else 0
     name = "host memory"
-    share = f"{needed / _GIB:.0f} GiB pinned for parallel.offload, {available / _GIB:.0f} GiB available"
+    what = "parallel.offload" + (" and rollout.server.keep_weights" if kept else "")
+    share = f"{needed / _GIB:.0f} GiB pinned for {what}, {available / _GIB:.0f} GiB available"
     if needed > available:
-        yield fail(name, f"{share}: offload less, use more nodes, or raise the container's limit")
+        instead = "offload less, " + ("set rollout.server.keep_weights=false, " if kept else "")
+        yield fail(name, f"{share}: {instead}use more nodes, or raise the container's limit")
     elif needed > 0.8 * available:
         yield warning(name, f"{share}: little is left for servers, the page cache and verifiers")
     else:
@@ -155,19 +159,56 @@ def offloaded_bytes(config: Config, spec: ModelSpec, world_size: int) -> int:
     return sum(bytes_of[name] for name in set(parallel.offload))
 
 
+def kept_bytes(config: Config, spec: ModelSpec) -> int:
+    """Bytes of an engine's shard that a rank keeps for a server that is started again."""
+    rollout = config.rollout
+    if rollout.engine != "sglang" or not rollout.server.keep_weights:
+        return 0
+    return -(-spec.num_parameters() // rollout.engine_tp) * (2 if config.model.dtype == "bf16" else 4)
+
+
 def reward_model_parameters(spec: ModelSpec) -> int:
     """Parameters of the token reward model: the backbone and a scalar head."""
     return sum(math.prod(shape) for shape in hf_tensors(spec, reward_model=True).values())
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that may still be used: the kernel's ``MemAvailable``, and what a container's limit leaves."""
+def available_memory(
+    meminfo: Path = Path("/proc/meminfo"),
+    cgroups: Path = Path("/sys/fs/cgroup"),
+    own: Path = Path("/proc/self/cgroup"),
+) -> int:
+    """Bytes that may still be used: the kernel's ``MemAvailable``, and what a container's or a job's limits leave.
+
+    The page cache gives way, so a limit is not used up by files that were read; ``MemAvailable`` counts alike.
+    """
     match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
     free = int(match[1]) * 1024 if match else 0
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    for folder in _control_groups(cgroups, own):
+        names = ("memory.max", "memory.current", "active_file", "inactive_file")
+        if not (folder / names[0]).is_file():  # version 1
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file", "total_inactive_file")
+        limit, used = folder / names[0], folder / names[1]
+        if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+            stat = folder / "memory.stat"
+            counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+            cached = sum(int(counts.get(name, 0)) for name in names[2:])
+            free = min(free, int(limit.read_text()) - max(0, int(used.read_text()) - cached))
     return max(0, free)
+
+
+def _control_groups(root: Path, own: Path) -> Iterator[Path]:
+    """Every group that this process is in, of version 2 and of version 1's memory controller, outermost first.
+
+    A container sees its own group as ``root``; a scheduler's job lies deeper. Some may not exist here.
+    """
+    yield from (root, root / "memory")
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            folder = root / "memory" if controllers else root
+            for part in Path(path).parts[1:]:
+                folder /= part
+                yield folder
 
 
 def check_environment(environment: Mapping[str, str]) -> Iterator[Check]:
@@ -179,6 +220,13 @@ def check_environment(environment: Mapping[str, str]) -> Iterator[Check]:
         yield warning("environment", f"{'; '.join(left_over)}: unset")
     else:
         yield ok("environment", "nothing in it slows a run")
+
+
+def check_server_allocator(config: Config, device: str, environment: Mapping[str, str]) -> Iterator[Check]:
+    """Settings of PyTorch's CUDA allocator with which no server could map the trainer's weights."""
+    if config.rollout.engine == "sglang" and device == "cuda":
+        check_allocator(environment)
+        yield ok("allocator", "ordinary segments, which SGLang's workers can map")
 
 
 def check_ports(config: Config, ranks_per_node: int) -> Iterator[Check]:

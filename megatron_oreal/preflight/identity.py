@@ -1,4 +1,4 @@
-"""What has to be the same on all nodes of a run: the config, the code, the packages, the model's files."""
+"""What has to be the same on all nodes of a run: the config, the code, the packages, the model's files, the prompts."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _MEND = {
     "packages": "install the same versions on every node",
     "ranks a node": "give every node the same --nproc-per-node",
     "model": "copy the same directory to every node, or put it on a shared file system",
+    "prompts": "copy the same file to every node, or put it on a shared file system",
     "environment": "export the same variables on every node",
     "driver": "install the same driver on every node",
 }
@@ -46,6 +47,7 @@ def node_facts(config: Config, ranks_per_node: int, driver: str | None = None) -
         "packages": {name: _version(name) for name in _PACKAGES},
         "ranks a node": {"--nproc-per-node": ranks_per_node},
         "model": model_files(config.model.path),
+        "prompts": prompt_files(config),
         "environment": {name: value for name, value in sorted(os.environ.items()) if _matters(name)},
         "driver": {"driver": driver},
     }
@@ -61,16 +63,15 @@ def differences(facts: Sequence[Facts], *, soft: bool = False) -> Iterator[tuple
         if (kind in _SOFT) != soft:
             continue
         for node, other in enumerate(facts):
-            unlike = [
-                key for key in [*first[kind], *other[kind]] if first[kind].get(key, "") != other[kind].get(key, "")
-            ]
+            ours, theirs = first.get(kind, {}), other.get(kind, {})  # other code may know other kinds
+            unlike = [key for key in [*ours, *theirs] if ours.get(key, "") != theirs.get(key, "")]
             if not unlike:
                 continue
             key = unlike[0]
             more = f" (and {len(set(unlike)) - 1} more)" if len(set(unlike)) > 1 else ""
             yield (
                 kind,
-                f"{key} is {_shown(first[kind], key)} on node 0 ({first['host']}) and {_shown(other[kind], key)} on "
+                f"{key} is {_shown(ours, key)} on node 0 ({first['host']}) and {_shown(theirs, key)} on "
                 f"node {node} ({other['host']}){more}: {mend}",
             )
             break
@@ -95,7 +96,7 @@ def require_same_ranks(config: Config, platform: Platform) -> None:
 
 
 def require_reachable_servers(config: Config, hosts: Sequence[str]) -> None:
-    """Raise ``UserError`` when servers on several machines listen on the loopback address; rank 0 draws from all."""
+    """Raise ``UserError`` when servers on several machines have an address that names none; rank 0 draws from all."""
     address = config.rollout.server.host
     if config.rollout.engine == "sglang" and len(set(hosts)) > 1 and is_loopback(address):
         raise UserError(
@@ -112,8 +113,8 @@ def server_override(config: Config, address: str, nnodes: int) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address means the machine itself."""
-    return address == "localhost" or address.startswith("127.") or address == "::1"
+    """Whether an address means the machine itself to whoever uses it, as that of all its interfaces does too."""
+    return address in ("localhost", "::1", "0.0.0.0", "::") or address.startswith("127.")
 
 
 def model_files(path: str | Path) -> dict[str, str]:
@@ -127,6 +128,21 @@ def model_files(path: str | Path) -> dict[str, str]:
                     found[file.name] += f" ({hashlib.sha256(file.read_bytes()).hexdigest()[:12]})"
         except OSError as error:  # what cannot be read is said where it is needed
             found[file.name] = error.strerror or "unreadable"
+    return found
+
+
+def prompt_files(config: Config) -> dict[str, str]:
+    """Key -> size and digest of each prompt set that is a file here. Every rank reads its own node's."""
+    found = {}
+    for key, source in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
+        path = Path(source or "")
+        try:
+            if path.is_file():
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+                found[key] = f"{path.stat().st_size} bytes ({digest})"
+        except OSError as error:  # what cannot be read is said where it is needed
+            found[key] = error.strerror or "unreadable"
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_oreal.config import Config
 from megatron_oreal.data.chat import ChatTemplate
 from megatron_oreal.data.prompts import load_prompts
-from megatron_oreal.errors import UserError
+from megatron_oreal.errors import UserError, of_key
 from megatron_oreal.layout.convert import check_weights
 from megatron_oreal.layout.load import open_source
 from megatron_oreal.layout.megatron_checkpoint import MegatronSource
@@ -60,10 +60,12 @@ def check_data(config: Config, spec: ModelSpec) -> Iterator[Check]:
     if chat.stop_token_id >= spec.vocab_size:
         yield fail("data", f"model.stop_word={model.stop_word!r} is token {chat.stop_token_id}, beyond vocab_size")
         return
-    count = len(load_prompts(config.data.train))
+    with of_key("data.train"):
+        count = len(load_prompts(config.data.train))
     parts = [f"{count} prompts in {config.data.train}"]
     if config.evaluation.data:
-        parts.append(f"{len(load_prompts(config.evaluation.data))} in {config.evaluation.data}")
+        with of_key("evaluation.data"):
+            parts.append(f"{len(load_prompts(config.evaluation.data))} in {config.evaluation.data}")
     if count < config.rollout.prompts_per_step:
         yield warning(
             "data",
