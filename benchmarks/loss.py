@@ -22,6 +22,7 @@ and pays for new pages again and again, and once with one that keeps them (``MAL
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.metadata
 import json
@@ -52,8 +53,12 @@ KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "M
 PACKAGES = ("torch", "megatron-core", "triton", "liger-kernel", "transformer-engine", "cut-cross-entropy")
 
 
+@functools.lru_cache(maxsize=2)
 def draw_case(rows: int, workload: str, device: str) -> tuple[Tensor, Case]:
-    """Float32 logits [rows, V] on the CPU, and a positive and a negative sequence over them."""
+    """Float32 logits [rows, V] on the CPU, to be copied, and a positive and a negative sequence over them.
+
+    Kept, because a GPU waits minutes for all of its draws.
+    """
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, VOCABULARY, generator=g) * 2
     labels = torch.randint(0, VOCABULARY, (rows,), generator=g)
@@ -178,8 +183,7 @@ def summary(values: list[float], digits: int = 3) -> dict[str, Any]:
 def measure(names: list[str], rows: int, dtype: str, workload: str, device: str, repeats: int) -> dict[str, Any]:
     """All ways on one workload."""
     drawn, case = draw_case(rows, workload, device)
-    logits = drawn.to(DTYPES[dtype]).to(device)
-    del drawn
+    logits = drawn.to(DTYPES[dtype], copy=True).to(device)
     bandwidth = copy_bandwidth(logits, device)
     compile_anew()
     times: dict[str, list[dict[str, list[float]]]] = {}
@@ -282,14 +286,18 @@ def _lines(path: str) -> list[str]:
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
     """The reference's way over ours."""
+    if not {"ours", "reference"} <= row["ways"].keys():
+        return {}  # row["absent"] says why
     ours, theirs = row["ways"]["ours"], row["ways"]["reference"]
     kinds = {"wall": "total_ms", "cpu": "cpu_ms"}
     found = {name: round(theirs[key]["median"] / ours[key]["median"], 2) for name, key in kinds.items()}
     return found | {"memory": round(theirs["peak_bytes"] / ours["peak_bytes"], 2)}
 
 
-def child(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure in this process."""
+def child(
+    arguments: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], object] = lambda rows: None
+) -> list[dict[str, Any]]:
+    """Measure in this process; ``keep`` gets the rows so far after each of them."""
     torch.set_num_threads(arguments.threads)
     names = arguments.ways or [name for name in WAYS if name != "plain_float64"]
     if arguments.device == "cpu" and (arguments.heap, arguments.threads) != ("default", 1):
@@ -302,6 +310,7 @@ def child(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 {"threads": arguments.threads, "heap": arguments.heap} | row | {"reference_over_ours": ratios(row)}
             )
             print(json.dumps({k: v for k, v in rows[-1].items() if k not in ("ways",)}), file=sys.stderr)
+            keep(rows)
     return rows
 
 
@@ -329,31 +338,39 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(arguments)))
         return
-    load = [round(os.getloadavg()[0], 2)]
-    if arguments.device == "cuda":
-        arguments.heap, arguments.threads = "torch", torch.get_num_threads()
-        rows = child(arguments)
-        heads = [measure_heads(arguments.tokens, size, "cuda", arguments.repeats) for size in (3584, 5120)]
-    else:
-        rows = [row for threads in (1, 2) for heap in ("default", "kept") for row in spawn(arguments, threads, heap)]
-        torch.set_num_threads(1)
-        heads = [measure_heads(arguments.tokens, 128, "cpu", 3)]
-    load.append(round(os.getloadavg()[0], 2))
-    result = {
+    result: dict[str, Any] = {
         "hardware": hardware(arguments.device),
         "vocabulary": VOCABULARY,
         "prompt_share": PROMPT_SHARE,
         "repeats": arguments.repeats,
-        "load_average_before_and_after": load,
-        "rows": rows,
-        "heads": heads,
+        "load_average_before_and_after": [round(os.getloadavg()[0], 2)],
+        "rows": [],
+        "heads": [],
     }
-    text = json.dumps(result, indent=1) + "\n"
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        """Write what there is: a machine that is lent for minutes may not see the end."""
+        result["rows"] = rows
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    if arguments.device == "cuda":
+        arguments.heap, arguments.threads = "torch", torch.get_num_threads()
+        rows = child(arguments, keep)
+        sizes = (3584, 5120)
     else:
-        print(text)
+        rows = [row for threads in (1, 2) for heap in ("default", "kept") for row in spawn(arguments, threads, heap)]
+        torch.set_num_threads(1)
+        sizes = (128,)
+    for size in sizes:
+        repeats = arguments.repeats if arguments.device == "cuda" else 3
+        result["heads"].append(measure_heads(arguments.tokens, size, arguments.device, repeats))
+        keep(rows)
+    result["load_average_before_and_after"].append(round(os.getloadavg()[0], 2))
+    keep(rows)
+    if not arguments.output:
+        print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -130,10 +131,14 @@ def liger(logits: Tensor, case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def transformer_engine(logits: Tensor, case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
-    """TransformerEngine's Triton cross-entropy and, in float32, the entropy."""
-    module = importlib.import_module("transformer_engine.pytorch.cross_entropy")
+    """TransformerEngine's Triton cross-entropy, its gradient in the logits' place where the version can (2.20), and, in
+    float32, the entropy.
+    """
+    function = importlib.import_module("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy
+    in_place = {"overwrite_input": True} if "overwrite_input" in inspect.signature(function).parameters else {}
     entropy = _entropy(logits)
-    loss = module.parallel_cross_entropy(logits.unsqueeze(1), case.labels.unsqueeze(1), 0.0, False, _one_rank())
+    labels = case.labels.where(case.active, -100)  # what it leaves out
+    loss = function(logits.unsqueeze(1), labels.unsqueeze(1), 0.0, False, _one_rank(), **in_place)
     logp = -loss.squeeze(1)
     return total_of(logp, logp, case), logp.detach(), entropy
 

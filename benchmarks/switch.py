@@ -3,10 +3,11 @@
     python benchmarks/switch.py --output benchmarks/results/switch_cpu.json
     python benchmarks/switch.py --model qwen2.5-1.5b --ranks 1 --output benchmarks/results/switch_1.5b.json
 
-A real run of ``megatron-oreal train`` with SGLang servers and every part of the actor offloaded, on a randomly
-initialised model of the named shape. The table has the phases of ``time/sleep``, ``time/update`` and ``time/publish``
-(what they mean: ``telemetry/names.py``): median and range over the steps after ``--warmup``, on rank 0. Few and short
-responses are drawn: the switch costs the same after long ones, whose generation is not what is measured here.
+A real run of ``megatron-oreal train`` with SGLang servers and every part of the actor offloaded (or those of
+``--offload``, where host memory does not hold all), on a randomly initialised model of the named shape. The table has
+the phases of ``time/sleep``, ``time/update`` and ``time/publish`` (what they mean: ``telemetry/names.py``): median and
+range over the steps after ``--warmup``, on rank 0. Few and short responses are drawn: the switch costs the same after
+long ones, whose generation is not what is measured here.
 
 Shapes: ``tiny`` (for a machine without a GPU, where the memory saver of ``tests/sglang_cpu`` stands in), and those of
 Qwen2.5-1.5B and 7B with their vocabulary, in bf16. ``--engine-tp`` ranks share a server. ``--frozen``: no model learns,
@@ -51,6 +52,7 @@ REST: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     "qwen2.5-7b": {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
 }
+PARTS = ("optimizer", "reward_model", "reference", "policy")
 PHASES = ("time/sleep", "time/update", "time/publish")
 
 
@@ -100,7 +102,7 @@ def write_config(folder: Path, arguments: argparse.Namespace, is_cuda: bool) -> 
         "parallel": {
             "tensor_model_parallel_size": arguments.tp,
             "max_tokens_per_microbatch": 2048,
-            "offload": ["optimizer", "reward_model", "reference", "policy"],
+            "offload": arguments.offload,
         },
         "checkpoint": {"every": 0, "export_hf": False},
         "telemetry": {"tensorboard": False},
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--offload", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the actor [all]")
     parser.add_argument("--sglang", default="{}", help="further server arguments, as JSON")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -166,6 +169,7 @@ def main() -> None:
         "tp": arguments.tp,
         "engine_tp": arguments.engine_tp,
         "frozen": arguments.frozen,
+        "offload": arguments.offload,
         "steps": len(records),
         "hardware": hardware(is_cuda),
         "load_average_before": load,

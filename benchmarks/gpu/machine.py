@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,17 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
+
+
+def attention_backend() -> str:
+    """SGLang's ``attention_backend`` here: FA3 on Hopper where SGLang's kernel package has that library, else Triton.
+
+    SGLang itself chooses FA3 on every Hopper, and ends where the package was made without it.
+    """
+    kernels = importlib.util.find_spec("sgl_kernel")
+    folders = [] if kernels is None else kernels.submodule_search_locations or []
+    built = any(found for folder in folders for found in Path(folder).glob("flash_ops*.so"))
+    return "fa3" if built and torch.cuda.get_device_capability()[0] == 9 else "triton"
 
 
 def time_ms(

@@ -2,7 +2,7 @@
 # Everything that wants a GPU, in stages with a time limit each; one CUDA device, about fifty minutes for all of them.
 #   benchmarks/gpu/run.sh [--out DIR] [STAGE...]
 # Stages, by default all in this order (seconds at most):
-#   build     90  the kernels for this GPU, warnings and spills are errors; megatron-oreal env
+#   build    200  the kernels for this GPU, warnings and spills are errors; megatron-oreal env
 #   check    240  tests/test_loss_gpu.py, and tests/test_loss_fused.py on the device
 #   sanitize 300  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
 #   kernels  240  copy and matrix-product ceilings, every kernel at TP 1 to 8
@@ -10,9 +10,10 @@
 #   loss     420  forward + backward against the other implementations
 #   actor    300  first_run.py: policy, reward model and engine
 #   sglang   300  tests/test_sglang_gpu.py
-#   switch   590  benchmarks/switch.py for models of Qwen2.5's 1.5B and 7B shape
-#   bench    590  bench.py: a step's parts for 1.5B- and 7B-shaped models of random weights
-# PYTHON names the interpreter (default: python3). Results: DIR (default: benchmarks/gpu/results), summary.json last.
+#   switch   570  benchmarks/switch.py for models of Qwen2.5's 1.5B and 7B shape
+#   bench    570  bench.py: a step's parts for 1.5B- and 7B-shaped models of random weights
+# PYTHON names the interpreter (default: python3). Results: DIR (default: benchmarks/gpu/results), at most five files a
+# stage and no folder, summary.json last. ATTENTION: SGLang's attention_backend (default: fa3 where it is, else triton).
 # The exit status is 1 when a stage failed or ran out of time. Clocks and power limits are left as they are.
 # shellcheck disable=SC2329  # the stages are functions, called by name through bash -c
 set -uo pipefail
@@ -28,7 +29,7 @@ while (($#)); do
         ;;
     build | check | sanitize | kernels | tune | loss | actor | sglang | switch | bench) stages+=("$1") ;;
     *)
-        sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+        sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
         exit 2
         ;;
     esac
@@ -74,40 +75,42 @@ kernels() { "$python" "$here/kernels.py" --output "$out/kernels.json"; }
 tune() { "$python" "$here/kernels.py" --output "$out/tune.json" --tune --widths 19008 152064; }
 loss() { "$python" benchmarks/loss.py --device cuda --output "$out/loss.json"; }
 actor() { "$python" "$here/first_run.py" --output "$out/actor.json"; }
+attention() { echo "${ATTENTION:-$(cd "$here" && "$python" -c 'import machine; print(machine.attention_backend())')}"; }
 sglang() {
     if ! "$python" -c 'import sglang'; then
         echo "no sglang for $python: pip install 'sglang>=0.5.11'" >&2
         return 2
     fi
-    "$python" -m pytest -q -p no:cacheprovider -o addopts= -m gpu tests/test_sglang_gpu.py
+    OREAL_TEST_ATTENTION=$(attention) "$python" -m pytest -q -p no:cacheprovider -o addopts= -m gpu tests/test_sglang_gpu.py
 }
 switch() {
     local backend shape frozen bad=0
-    # FA3 is in SGLang's own kernel package, for Hopper.
-    backend=$("$python" -c 'import importlib.util as u, torch
-print("fa3" if torch.cuda.get_device_capability()[0] == 9 and u.find_spec("sgl_kernel") else "triton")')
+    backend=$(attention)
     for shape in 1.5b 7b; do
         frozen=()
-        [[ $shape == 7b ]] && frozen=(--frozen) # its optimizer takes more than one device
+        # Its optimizer takes more than one device; with the policy's weights host memory would have to hold 122 GB.
+        [[ $shape == 7b ]] && frozen=(--frozen --offload optimizer reference)
         timeout 280 "$python" benchmarks/switch.py --model "qwen2.5-$shape" --steps 5 "${frozen[@]}" \
             --sglang "{\"attention_backend\": \"$backend\", \"mem_fraction_static\": 0.3}" \
             --output "$out/switch_$shape.json" || bad=1
     done
     return "$bad"
 }
-bench() { "$python" "$here/bench.py" --out "$out"; }
+bench() { # its limit is below the stage's, to end a case and not all
+    ATTENTION=$(attention) "$python" "$here/bench.py" --out "$out" --limit 540
+}
 
 limit() {
     case $1 in
-    build) echo 90 ;;
+    build) echo 200 ;; # env imports every package that is there, each for 120 s at most
     loss) echo 420 ;;
-    switch | bench) echo 590 ;;
+    switch | bench) echo 570 ;;
     sanitize | actor | sglang) echo 300 ;;
     *) echo 240 ;;
     esac
 }
 
-export -f build check sanitize kernels tune loss actor sglang switch bench
+export -f build check sanitize kernels tune loss actor attention sglang switch bench
 export python here out
 failed=0
 rows=()
