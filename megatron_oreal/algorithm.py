@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,8 @@ RewardShaping = Literal["rloo", "grpo"]
 Filter = Literal["pair", "groups", "none"]
 
 REWARD = {Verdict.CORRECT: 1, Verdict.WRONG: -1, Verdict.UNKNOWN: 0}
+"""R of a verdict ("One step" 2). 0 means "not there": the functions below exclude such members from the pass rate, the
+baseline, the pairs and whatever is learned."""
 GRPO_EPSILON = 1e-8
 
 
@@ -75,18 +77,7 @@ def _uniform_index(n: int, *words: int) -> int:
     return (mix_seed(*words) * n) >> 64
 
 
-# Rewards, pass rates, advantages
-
-
-def rewards_from_verdicts(verdicts: Sequence[Sequence[Verdict]]) -> NDArray[np.int8]:
-    """Turn verdicts [G][K] into R, int8 [G, K]: +1 correct, −1 wrong, 0 unknown ("One step" 2).
-
-    0 means "not there": the functions below exclude such members from the pass rate, the baseline, the pairs and
-    whatever is learned.
-    """
-    if not verdicts:
-        return np.zeros((0, 0), dtype=np.int8)
-    return np.array([[REWARD[verdict] for verdict in group] for group in verdicts], dtype=np.int8)
+# Pass rates, advantages
 
 
 def pass_rates(rewards: NDArray[np.int8]) -> NDArray[np.float64]:
@@ -253,29 +244,18 @@ def learning_rate(
 class StepStatistics:
     """What one step sampled and kept. Shares are fractions of all samples; None: undefined in this step."""
 
-    prompts: int
-    samples: int
     unknown_share: float | None
     truncated_share: float | None
     pass_rate: float | None  # correct / known, over all samples
-    group_pass_rate: float | None  # mean of the groups' p, over groups with a known member
-    groups_mixed: int  # 0 < p < 1
     groups_all_correct: int
     groups_all_wrong: int
-    groups_few_known: int  # fewer than two known members: dropped, and in none of the three counts above
+    groups_few_known: int  # fewer than two known members: dropped, and in neither of the two counts above
     kept_groups: int
     kept_sequences: int
-    kept_positives: int
-    kept_tokens: int  # response tokens
     response_length: float | None  # mean, in tokens; likewise the next three
     response_length_max: int | None
     response_length_correct: float | None
     response_length_wrong: float | None
-
-    def as_dict(self) -> dict[str, float]:
-        """Return name -> value, without what is undefined."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 def step_statistics(
@@ -289,20 +269,14 @@ def step_statistics(
     rates = pass_rates(rewards)
     enough = known.sum(axis=1) >= 2
     return StepStatistics(
-        prompts=len(rewards),
-        samples=rewards.size,
         unknown_share=_mean(~known),
         truncated_share=_mean(~stopped),
         pass_rate=_mean(rewards[known] == 1),
-        group_pass_rate=_mean(rates[~np.isnan(rates)]),
-        groups_mixed=int(np.sum(enough & (rates > 0) & (rates < 1))),
         groups_all_correct=int(np.sum(enough & (rates == 1))),
         groups_all_wrong=int(np.sum(enough & (rates == 0))),
         groups_few_known=int(np.sum(~enough)),
         kept_groups=len({item.group for item in kept}),
         kept_sequences=len(kept),
-        kept_positives=sum(item.reward > 0 for item in kept),
-        kept_tokens=sum(int(response_lengths[item.group, item.sample]) for item in kept),
         response_length=_mean(response_lengths),
         response_length_max=int(response_lengths.max()) if response_lengths.size else None,
         response_length_correct=_mean(response_lengths[rewards == 1]),

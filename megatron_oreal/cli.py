@@ -7,7 +7,9 @@ CONFIG`` works as well.
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
 import time
 import warnings
@@ -20,7 +22,7 @@ from megatron_oreal.bench.options import add_arguments as add_bench_arguments
 from megatron_oreal.bench.options import read_options as read_bench_options
 from megatron_oreal.config import Config
 from megatron_oreal.config_load import dump_config, load_config
-from megatron_oreal.errors import UserError
+from megatron_oreal.errors import UserError, of_key
 from megatron_oreal.launch import Nodes, launch
 from megatron_oreal.plan_options import add_arguments as add_plan_arguments
 from megatron_oreal.preflight.meeting import JOIN_TIMEOUT_S
@@ -35,9 +37,14 @@ _FIRST_RANK_SPEAKS_S = 30.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 2 after one line on standard error for a user's mistake.
 
-    1 when engines cannot go on.
+    1 when engines or the training cannot go on.
     """
     arguments = _parse(argv)
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale that lacks a character must not end a run
+    if argv is None and (arguments.command in ("plan", "env", "report") or getattr(arguments, "print_config", False)):
+        # "| head" ends what only prints, as it ends other programs; Python by itself shows a traceback.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         return arguments.run(arguments)
     except UserError as error:
@@ -51,11 +58,16 @@ def _refuse(error: Exception, status: int = 2) -> int:
 
     So the others let the first rank of their node speak and exit; what that one has not seen is said after a while.
     """
-    who = ""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_first:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        from megatron_oreal.platform import refuse_to_join  # it brings torch with it
+
+        refuse_to_join(str(error))  # other nodes may wait for this rank
+    if not is_first:
         time.sleep(_FIRST_RANK_SPEAKS_S)
-        who = f"rank {os.environ.get('RANK')}: "
-    print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        print(f"error: rank {os.environ.get('RANK')}: {error}", file=sys.stderr, flush=True)
     return status
 
 
@@ -66,7 +78,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 
@@ -74,49 +86,59 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-oreal", description="OREAL on Megatron-core and rollout engines")
     parser.add_argument("--version", action="version", version=f"megatron-oreal {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help_: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help_, description=help_)
+
     for name, help_ in (
         ("train", "train with OREAL; resumes from the newest checkpoint in work_dir"),
         ("sft", "supervised phase on worked solutions"),
         ("eval", "pass@1 of model.path on evaluation.data"),
     ):
-        command = commands.add_parser(name, help=help_, description=help_)
+        command = add(name, help_)
         command.add_argument("config", help="YAML file")
         _add_config_arguments(command)
         command.set_defaults(run=_with_config)
-    bench = commands.add_parser("bench", help="throughput of a step's parts on this machine, or --compare two results")
+    bench = add("bench", "throughput of a step's parts on this machine, or --compare two results")
     bench.add_argument("config", nargs="?", help="YAML file")
     _add_config_arguments(bench)
     add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
-    preflight = commands.add_parser("check", help="whether everything is there that a run needs, on every node")
+    preflight = add("check", "whether everything is there that a run needs, on every node")
     preflight.add_argument("config", help="YAML file")
     _add_config_arguments(preflight)
     add_check_arguments(preflight)
     preflight.set_defaults(run=_check)
-    check = commands.add_parser("verify", help="verdict on one answer, or on a file of them")
+    check = add("verify", "verdict on one answer, or on a file of them")
     add_verify_arguments(check)
     check.set_defaults(run=verify)
-    planning = commands.add_parser("plan", help="memory, placement, traffic and step time of a run, without a GPU")
+    planning = add("plan", "memory, placement, traffic and step time of a run, without a GPU")
     add_plan_arguments(planning)
     planning.set_defaults(run=_plan)
-    environment = commands.add_parser("env", help="which accelerated parts this machine uses, and what replaces others")
+    environment = add("env", "which accelerated parts this machine uses, and what replaces others")
     environment.add_argument("--json", action="store_true", help="as one JSON object")
     environment.set_defaults(run=_env)
-    report = commands.add_parser("report", help="summary and report.png of a work_dir")
-    report.add_argument("work_dir")
+    report = add("report", "summary and report.png of a work_dir")
+    report.add_argument("work_dir", help="of a run, also while it goes on")
     report.set_defaults(run=_report)
     return parser
 
 
 def _add_config_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="for example rollout.top_p=0.95")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for example rollout.top_p=0.95")
     ranks = command.add_argument_group("ranks to start (leave out under torchrun, or for a single process)")
-    ranks.add_argument("--nproc-per-node", type=int, metavar="N")
-    ranks.add_argument("--nnodes", type=int, default=1, metavar="N")
-    ranks.add_argument("--node-rank", type=int, default=0, metavar="R")
-    ranks.add_argument("--master-addr", default="localhost")
-    ranks.add_argument("--master-port", type=int, default=29500)
-    ranks.add_argument("--join-timeout", type=float, default=JOIN_TIMEOUT_S, metavar="S", help="nodes wait so long")
+    ranks.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on this node, one a GPU")
+    ranks.add_argument("--nnodes", type=int, default=1, metavar="N", help="nodes [1]")
+    ranks.add_argument("--node-rank", type=int, default=0, metavar="R", help="this node, from 0 [0]")
+    ranks.add_argument("--master-addr", default="localhost", metavar="HOST", help="of node 0 [localhost]")
+    ranks.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="free on node 0 [29500]")
+    ranks.add_argument(
+        "--join-timeout",
+        type=float,
+        default=JOIN_TIMEOUT_S,
+        metavar="S",
+        help=f"nodes wait so long [{JOIN_TIMEOUT_S:g}]",
+    )
     command.add_argument("--print-config", action="store_true", help="print the effective config and stop")
 
 
@@ -144,6 +166,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _with_config(arguments: argparse.Namespace) -> int:
+    for option, value, alone in (("--nnodes", arguments.nnodes, 1), ("--node-rank", arguments.node_rank, 0)):
+        if value != alone and arguments.nproc_per_node is None:
+            raise UserError(f"{option}={value} needs --nproc-per-node, the ranks to start on every node")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(dump_config(config), end="")
@@ -152,6 +177,7 @@ def _with_config(arguments: argparse.Namespace) -> int:
         return _launch(arguments, config)
     _quieten()
     # Imported here: Megatron takes seconds, and a mistake in the config should not.
+    from megatron_oreal.actor.optimizer import NonFiniteGradientError
     from megatron_oreal.rollout.engine import EngineError
 
     try:
@@ -171,7 +197,7 @@ def _with_config(arguments: argparse.Namespace) -> int:
             from megatron_oreal.evaluate import evaluate_model
 
             evaluate_model(config)
-    except EngineError as error:  # its words say what was waited for and what the server said last
+    except (EngineError, NonFiniteGradientError) as error:  # their words say what has happened, and what to do
         return _refuse(error, status=1)
     return 0
 
@@ -209,7 +235,9 @@ def _launch(arguments: argparse.Namespace, config: Config) -> int:
 
     def look() -> None:
         require_gpus(config.device, nodes.nproc_per_node)
-        check_config(config, load_model_spec(config.model.path), nodes.world_size, nodes.nproc_per_node)
+        with of_key("model.path"):
+            spec = load_model_spec(config.model.path)
+        check_config(config, spec, nodes.world_size, nodes.nproc_per_node)
 
     overrides = [*arguments.overrides]
     if nodes.nnodes == 1:

@@ -48,11 +48,41 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"config file {str(path)!r} does not exist")
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which by itself takes the last of two equal keys and forgets the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping; a key that stands in it twice is an error at the second, ``<<`` aside."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in lines:
+                problem = f"the key {key.value!r} stands in line {lines[key.tag, key.value]} already: join the two"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            lines[key.tag, key.value] = key.start_mark.line + 1
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    """Plain values; raises ``yaml.YAMLError`` alone.
+
+    PyYAML lets other errors out for scalars that look like a date or number and are none (``2024-13-45``, ``0b_``).
+    """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(text, _Loader)  # a safe loader
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(" ".join(str(error).split())[:200]) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"config file {str(path)!r} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"config file {str(path)!r} is a directory: give a YAML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
@@ -60,7 +90,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must hold keys and values at the top level, not {type(tree).__name__}")
     return tree
@@ -71,7 +101,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, for example rollout.top_p=0.95")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = _parse_yaml(text) if text else None
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
     *sections, leaf = key.strip().split(".")
@@ -116,6 +146,8 @@ def _explain(error: ValidationError, section: Sequence[str] = ()) -> str:
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "string_type":
         message += ": put it in quotes"
+    if first["type"] == "list_type" and isinstance(first["input"], str | int | float):
+        message += f": write [{first['input']}]"
     return f"{key}={first['input']!r}: {message}{more}"
 
 

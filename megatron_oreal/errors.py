@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+# More names than this are no help in a line.
+_MOST_NAMES = 60
 
 
 class UserError(ValueError):
@@ -15,9 +19,23 @@ class UserError(ValueError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the closest valid name, or the sorted list of names if nothing is close."""
+    """Return ``" (did you mean 'x'?)"`` for the closest valid name, or the sorted names if nothing is close.
+
+    Of more than 60 names only how many there are.
+    """
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f" (did you mean '{close[0]}'?)"
+    if len(names) > _MOST_NAMES:
+        return f" (none of the {len(names)} valid names is like it)"
     return f" (valid: {', '.join(names)})"
+
+
+@contextmanager
+def of_key(key: str) -> Iterator[None]:
+    """Put the config key whose value is being read before a ``UserError`` that names a file alone."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None

@@ -20,9 +20,10 @@ from megatron_oreal.data.chat import ChatTemplate, drop_long_prompts
 from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.sampler import PromptOrder, resample_by_pass_rate
 from megatron_oreal.data.types import Prompt
-from megatron_oreal.errors import UserError
+from megatron_oreal.errors import UserError, of_key
 from megatron_oreal.layout import ModelSpec, load_model_spec
 from megatron_oreal.platform import Platform
+from megatron_oreal.platform.sole import sole_run
 from megatron_oreal.preflight.devices import require_gpus
 from megatron_oreal.preflight.identity import require_same_ranks
 from megatron_oreal.rollout.dispatched import DispatchedSampler
@@ -142,6 +143,9 @@ def open_run(
         require_same_ranks(config, platform)
         load = load_inputs or _load_inputs
         spec, chat, order, held_out = platform.fail_together(lambda: load(config, platform, policy_only))
+        if load_inputs is None and not policy_only:  # a run that trains, the only kind that leaves checkpoints
+            alone = [sole_run(config.work_path)] if platform.rank == 0 else []
+            platform.fail_together(lambda: [stack.enter_context(each) for each in alone])
         fleet = _open_fleet(config, spec, platform)
         stack.callback(fleet.shutdown)
         if draws:
@@ -200,10 +204,12 @@ def _open_verifier(config: Config, platform: Platform) -> Verifier:
 
 
 def _load_inputs(config: Config, platform: Platform, policy_only: bool) -> Inputs:
-    spec = load_model_spec(config.model.path)
+    with of_key("model.path"):
+        spec = load_model_spec(config.model.path)
     check_config(config, spec, platform.world_size, platform.ranks_per_node)
     if config.model.reference_path:
-        reference = load_model_spec(config.model.reference_path)
+        with of_key("model.reference_path"):
+            reference = load_model_spec(config.model.reference_path)
         if replace(reference, max_position_embeddings=spec.max_position_embeddings) != spec:
             raise UserError(
                 f"model.reference_path={config.model.reference_path!r} is not of the same shape (sizes, rope, norm) as "
@@ -221,18 +227,21 @@ def _load_inputs(config: Config, platform: Platform, policy_only: bool) -> Input
     limit = min(config.data.max_prompt_tokens or config.rollout.gen_max_length, config.rollout.gen_max_length - 1)
     order = None
     if not policy_only:
-        prompts = _short_prompts(config.data.train, chat, limit, platform)
+        prompts = _short_prompts("data.train", config.data.train, chat, limit, platform)
         if config.data.resample_by_pass_rate:
             prompts = resample_by_pass_rate(prompts, config.data.pass_rate_buckets)
         order = PromptOrder(prompts, config.seed)
     held_out: list[Prompt] = []
     if config.evaluation.data:
-        held_out = _short_prompts(config.evaluation.data, chat, limit, platform)[: config.evaluation.max_problems]
+        held_out = _short_prompts("evaluation.data", config.evaluation.data, chat, limit, platform)
+        held_out = held_out[: config.evaluation.max_problems]
     return spec, chat, order, held_out
 
 
-def _short_prompts(source: str, chat: ChatTemplate, limit: int, platform: Platform) -> list[Prompt]:
-    prompts, dropped = drop_long_prompts(load_prompts(source), chat, limit)
+def _short_prompts(key: str, source: str, chat: ChatTemplate, limit: int, platform: Platform) -> list[Prompt]:
+    with of_key(key):
+        prompts = load_prompts(source)
+    prompts, dropped = drop_long_prompts(prompts, chat, limit)
     if platform.rank == 0 and dropped:
         print(f"{source}: {dropped} prompts of more than {limit} tokens are left out", flush=True)
     return prompts

@@ -15,8 +15,8 @@ from megatron_oreal.algorithm import Stream, mix_seed
 from megatron_oreal.config import Config
 from megatron_oreal.data.packing import PackItem
 from megatron_oreal.data.prompts import load_examples
-from megatron_oreal.errors import UserError
-from megatron_oreal.evaluate import evaluate
+from megatron_oreal.errors import UserError, of_key
+from megatron_oreal.evaluate import evaluate, require_known
 from megatron_oreal.run import Run, open_run
 from megatron_oreal.telemetry import names, progress
 
@@ -24,7 +24,8 @@ from megatron_oreal.telemetry import names, progress
 def supervise(config: Config) -> None:
     """Train ``model.path`` on ``sft.data`` and write ``sft.output``; stop early at ``sft.stop_at_pass_rate``.
 
-    Raises ``UserError`` when a key of the ``sft`` section that it needs is missing.
+    Raises ``UserError`` when a key of the ``sft`` section that it needs is missing, and, with the model written, when
+    more of an evaluation than ``verifier.max_unknown_share`` is unknown: whether to stop cannot be told from the rest.
     """
     sft = config.sft
     if sft.data is None or sft.output is None:
@@ -36,14 +37,21 @@ def supervise(config: Config) -> None:
         run.actor.load_hf()
         examples = run.platform.fail_together(lambda: _examples(config, run))
         batches = _batches(examples, sft.batch_size, config.seed)
+        limit = config.verifier.max_unknown_share
+        held_out: dict[str, float] = {}
         with progress("supervised phase", total=sft.max_steps, unit="steps") as bar:
             for step in range(sft.max_steps):
                 loss, _ = run.actor.supervised_step(next(batches), _learning_rate(config, step))
                 bar.update(1, extra=f"{loss:.3f} nats a token")
-                if (step + 1) % sft.eval_every == 0 and _solves_enough(run, step + 1):
-                    break
+                if _stops_early(config) and (step + 1) % sft.eval_every == 0:
+                    held_out = _evaluate(run, step + 1)
+                    solved, unknown = held_out[names.EVAL_PASS_AT_1], held_out[names.EVAL_UNKNOWN_SHARE]
+                    if solved >= sft.stop_at_pass_rate or unknown > limit:
+                        break
         run.actor.export(sft.output)
         run.say(f"supervised model: {sft.output}")
+        if held_out:  # the model is written by now, as far as it has come
+            require_known(held_out, limit)
 
 
 def _learning_rate(config: Config, step: int) -> float:
@@ -53,7 +61,9 @@ def _learning_rate(config: Config, step: int) -> float:
 
 def _examples(config: Config, run: Run) -> list[TrainSequence]:
     assert config.sft.data is not None
-    pairs = [run.chat.encode_example(e.question, e.solution) for e in load_examples(config.sft.data)]
+    with of_key("sft.data"):
+        examples = load_examples(config.sft.data)
+    pairs = [run.chat.encode_example(e.question, e.solution) for e in examples]
     limit = config.parallel.max_tokens_per_microbatch
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     if longest > limit:
@@ -83,9 +93,7 @@ def _stops_early(config: Config) -> bool:
     return config.evaluation.data is not None and config.sft.stop_at_pass_rate < 1.0
 
 
-def _solves_enough(run: Run, step: int) -> bool:
-    if not run.held_out or not _stops_early(run.config):
-        return False
+def _evaluate(run: Run, step: int) -> dict[str, float]:
     run.publish()
     result = evaluate(run.rollouts, run.held_out, 1, run.sampling, run.config.seed, quiet=True)
     run.sleep()
@@ -93,4 +101,4 @@ def _solves_enough(run: Run, step: int) -> bool:
         f"supervised step {step}: held-out pass@1 sampled {result[names.EVAL_PASS_AT_1]:.3f}, "
         f"greedy {result[names.EVAL_GREEDY]:.3f}"
     )
-    return result[names.EVAL_PASS_AT_1] >= run.config.sft.stop_at_pass_rate
+    return result

@@ -154,6 +154,11 @@ def _restore(run: Run, checkpoints: Checkpoints) -> int:
     if step is None:
         run.actor.load_hf()
         return 0
+    if step > run.config.total_steps:
+        raise UserError(
+            f"total_steps={run.config.total_steps}: {checkpoints.path(step)} has seen {step} steps: raise it, remove "
+            "that checkpoint or use another work_dir"
+        )
     run.actor.load_reference()
     position = checkpoints.load(run.actor, step)
     assert run.order is not None

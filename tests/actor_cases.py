@@ -29,6 +29,7 @@ from megatron_oreal.platform import Platform, init_distributed, shutdown_distrib
 from megatron_oreal.rollout.embedded import EmbeddedEngine
 from megatron_oreal.rollout.engine import Request, SamplingParams
 
+OTHER_MOMENTS = (0.5, 0.75), 1e-3  # betas and eps that a run is resumed with in the end
 VOCABULARY = 101  # odd: the vocabulary needs padding under TP 2
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -238,7 +239,10 @@ def two_syncs(path: Path, work_dir: Path, parallel: dict[str, Any]) -> list[bool
 def save_and_resume(
     path: Path, work_dir: Path, parallel: dict[str, Any], resume_parallel: dict[str, Any] | None = None, **sections: Any
 ) -> dict[str, Any]:
-    """Two steps, save, two more; then the saved state again (perhaps in another layout) and the same two steps."""
+    """Two steps, save, two more; then the saved state again (perhaps in another layout) and the same two steps.
+
+    In the end once more, with other betas and another eps than those of the saved parameter groups.
+    """
     config = make_config(path, work_dir, parallel, **sections)
     platform, grid, actor = start(config)
     checkpoints = Checkpoints(work_dir, 2, platform)
@@ -259,7 +263,13 @@ def save_and_resume(
     newest = checkpoints.newest()
     position = checkpoints.load(actor, 2)
     resumed = [actor.update(sequences, step) for step in (2, 3)]
-    after = actor.policy.parameters()
+    same_bits = resume_parallel is None and all(
+        torch.equal(weights[name], tensor) for name, tensor in actor.policy.parameters().items()
+    )
+    config.optimizer.betas, config.optimizer.eps = OTHER_MOMENTS
+    checkpoints.load(actor, 2)
+    actor.update(sequences, 2)
+    groups = [g for o in (actor.policy_optimizer, actor.reward_model_optimizer) if o for g in o.megatron.param_groups]
     platform.barrier()
     shutdown_distributed()
     return {
@@ -267,5 +277,6 @@ def save_and_resume(
         "position": position,
         "straight": [(r.sums.values, r.policy_grad_norm, r.reward_model_grad_norm) for r in straight],
         "resumed": [(r.sums.values, r.policy_grad_norm, r.reward_model_grad_norm) for r in resumed],
-        "same_bits": resume_parallel is None and all(torch.equal(weights[name], after[name]) for name in weights),
+        "same_bits": same_bits,
+        "other_moments": [(tuple(group["betas"]), group["eps"]) for group in groups],
     }

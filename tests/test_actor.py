@@ -152,6 +152,8 @@ def test_resuming_gives_the_same_bits(name: str, models: dict[str, Path], tmp_pa
         assert result["position"] == {"at": "two"}
         assert result["same_bits"]
         assert result["straight"] == result["resumed"]
+        assert len(result["other_moments"]) >= 2
+        assert set(result["other_moments"]) == {actor_cases.OTHER_MOMENTS}, "the config's, not the checkpoint's"
 
 
 def test_resuming_in_another_layout_gives_the_same_step(models: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dist import run_ranks
 
+from megatron_oreal.actor import offload
 from megatron_oreal.actor.actor import Actor
 from megatron_oreal.actor.offload import Offloader, Part
 from megatron_oreal.actor.parallel import destroy_parallel, init_parallel
@@ -37,6 +38,31 @@ def test_views_survive_and_their_storage_is_empty_meanwhile() -> None:
     view[0, 0] = 99.0
     assert flat[3] == 99.0, "the view must still be one"
     assert torch.equal(gradients, torch.zeros(5))
+
+
+@pytest.mark.parametrize("slab", [1, 7, 16, 1000])
+def test_host_memory_is_slabs_of_one_size_whatever_the_tensors_are(monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
+    """A pinned allocation is rounded up to a power of two, so one for each tensor would take up to twice the memory."""
+    monkeypatch.setattr(offload, "_SLAB_BYTES", slab)
+    allocated: list[int] = []
+    empty = torch.empty
+
+    def recorded(size: Any, *args: Any, **options: Any) -> torch.Tensor:
+        allocated.extend([size] if options.get("pin_memory") is not None else [])
+        return empty(size, *args, **options)
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    tensors = [torch.arange(5.0), torch.arange(3, dtype=torch.uint8), torch.arange(7, dtype=torch.bfloat16)]
+    copies = [tensor.clone() for tensor in tensors]
+    offloader = Offloader({"a": Part(tensors)}, ["a"])
+    for _ in range(2):  # the second time into the same memory
+        offloader.offload()
+        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+        offloader.load()
+        assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
+        tensors[1].add_(1)
+        copies[1].add_(1)
+    assert allocated == [slab] * (37 // slab) + [37 % slab] * (37 % slab > 0)
 
 
 def test_parts_that_are_put_out_leave_at_once_and_those_that_are_known_are_left_alone() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import actor_cases
 import pytest
+import torch
 from dist import run_ranks
 from megatron.core.optimizer import optimizer_config
 
-from megatron_oreal.actor.optimizer import ModelOptimizer
+from megatron_oreal.actor.optimizer import ModelOptimizer, _allocate_moments
 from megatron_oreal.actor.options import check_options, fuses_weight_gradient
 from megatron_oreal.config import OptimizerConfig, ParallelConfig
 from megatron_oreal.errors import UserError
@@ -172,3 +174,38 @@ def test_an_attention_variable_that_contradicts_the_key_is_named(monkeypatch: py
     monkeypatch.setitem(os.environ, "NVTE_FLASH_ATTN", "0")
     with pytest.raises(UserError, match=r"NVTE_FLASH_ATTN=0 contradicts parallel\.attention_backend=auto.*unset it"):
         check_options(ParallelConfig(), "local", is_cuda=False)
+
+
+class _FusedAdam(torch.optim.Optimizer):
+    """The state of TransformerEngine's, whose CUDA kernels it has not: ``initialize_state`` as from 2.1 on."""
+
+    def __init__(self, params: list[torch.Tensor], store_param_remainders: bool):
+        super().__init__(params, {})
+        self.store_param_remainders = store_param_remainders
+
+    def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
+        main = torch.int16 if store_param_remainders else torch.float32
+        self.state[param]["master_param"] = torch.zeros_like(param, dtype=main)
+
+
+class _OlderFusedAdam(_FusedAdam):
+    def initialize_state(self, param: torch.Tensor) -> None:  # type: ignore[override]
+        super().initialize_state(param, False)
+
+
+@pytest.mark.parametrize(
+    ("make", "remainders", "expected"),
+    [
+        (_FusedAdam, True, [torch.int16, torch.float32]),
+        (_FusedAdam, False, [torch.float32, torch.float32]),
+        (_OlderFusedAdam, False, [torch.float32, torch.float32]),
+    ],
+)
+def test_a_precision_aware_optimizer_has_its_state_from_the_start(
+    make: type[_FusedAdam], remainders: bool, expected: list[torch.dtype]
+) -> None:
+    weights = [torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4)]
+    config = SimpleNamespace(use_precision_aware_optimizer=True)
+    part = SimpleNamespace(optimizer=make(weights, remainders), config=config)
+    _allocate_moments(part)
+    assert [part.optimizer.state[weight]["master_param"].dtype for weight in weights] == expected

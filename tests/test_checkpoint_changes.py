@@ -45,6 +45,16 @@ def test_changed_settings_are_said_in_one_line_with_both_values() -> None:
     )
 
 
+def test_an_argument_of_the_engine_that_is_new_or_gone_is_a_change() -> None:
+    with_one = {"rollout__sglang": {"attention_backend": "triton"}}
+    assert check_changes(saved(), config(**with_one), SPEC, Path("step")) == (
+        "rollout.sglang {} -> {'attention_backend': 'triton'}"
+    )
+    assert check_changes(saved(**with_one), config(), SPEC, Path("step")) == (
+        "rollout.sglang {'attention_backend': 'triton'} -> {}"
+    )
+
+
 def test_where_and_how_often_things_are_written_may_change_silently() -> None:
     now = config(work_dir="elsewhere", checkpoint__every=3, telemetry__tensorboard=False, device="cpu")
     assert check_changes(saved(), now, SPEC, Path("step")) is None
@@ -72,6 +82,7 @@ def test_buckets_may_change_only_where_the_optimizer_state_does_not_lie_in_them(
     ("changes", "message"),
     [
         ({"model__dtype": "fp32"}, r"model\.dtype=fp32: step was saved with bf16.*set it back"),
+        ({"optimizer__wd_on_norms_and_biases": False}, r"optimizer\.wd_on_norms_and_biases=False: step was saved with"),
         ({"parallel__use_distributed_optimizer": False}, r"parallel\.use_distributed_optimizer=False: step was saved"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +52,34 @@ def the_one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_version_is_the_packages() -> None:
     assert tiny.succeed("--version") == f"megatron-oreal {__version__}\n"
+
+
+def test_help_says_what_every_command_does_and_what_every_option_means() -> None:
+    (commands,) = (action.choices for action in command_line._parser()._actions if isinstance(action.choices, dict))
+    assert list(commands) == ["train", "sft", "eval", "bench", "check", "verify", "plan", "env", "report"]
+    assert [name for name, command in commands.items() if not command.description] == []
+    silent = [
+        (name, action.dest) for name, command in commands.items() for action in command._actions if not action.help
+    ]
+    assert silent == []
+
+
+def test_a_reader_that_goes_away_is_no_error(config: Path) -> None:
+    """As under ``| head -1``; the read end is closed before a byte is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "megatron_oreal", "train", str(config), "--print-config"]
+    try:
+        done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+def test_a_missing_config_is_all_that_is_missed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_line.main(["train"])
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: config\n")
 
 
 def test_print_config_shows_the_effective_tree_and_starts_nothing(config: Path, tmp_path: Path) -> None:
@@ -125,6 +156,15 @@ def test_a_number_of_ranks_that_cannot_be(config: Path, nproc: int) -> None:
     assert f"--nproc-per-node={nproc}" in line and "1 or more" in line
 
 
+@pytest.mark.parametrize("option", ["--nnodes=2", "--node-rank=1"])
+def test_nodes_without_a_number_of_ranks(
+    config: Path, option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert command_line.main(["train", str(config), option]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option} needs --nproc-per-node")
+
+
 def test_a_node_that_is_not_among_the_nodes(config: Path) -> None:
     line = refused("train", config, "--nproc-per-node=1", "--nnodes=2", "--node-rank=2")
     assert "--node-rank=2" in line and "--nnodes=2" in line
@@ -152,7 +192,7 @@ def empty_data(folder: Path) -> list[str]:
 INPUTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "malformed JSON": (malformed_line, ["bad.jsonl line 2: malformed JSON"]),
     "no prompts": (empty_data, ["empty.jsonl: the data set has no prompts"]),
-    "missing model": (lambda folder: [f"model.path={folder / 'gone'}"], ["gone' has no config.json"]),
+    "missing model": (lambda folder: [f"model.path={folder / 'gone'}"], ["model.path: ", "gone' has no config.json"]),
     "stop word of two tokens": (
         lambda _: ["model.stop_word='12'"],
         ["model.stop_word='12' must be one token", "makes 2 of it: ['1', '2']", "'<|end|>'"],
@@ -198,13 +238,13 @@ def test_a_mistake_that_only_a_later_rank_sees_is_said_by_it(
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("data.train=gone.jsonl", ["gone.jsonl: no such file"]),
-        ("evaluation.data=gone.jsonl", ["gone.jsonl: no such file"]),
+        ("data.train=gone.jsonl", ["data.train: gone.jsonl: no such file"]),
+        ("evaluation.data=gone.jsonl", ["evaluation.data: gone.jsonl: no such file"]),
         (
             "parallel.tensor_model_parallel_size=2",
             ["parallel.tensor_model_parallel_size=2", "the world size 1", "multiple of 2 ranks"],
         ),
-        ("model.reference_path=gone", ["'gone' has no config.json"]),
+        ("model.reference_path=gone", ["model.reference_path: ", "'gone' has no config.json"]),
         ("model.chat_template=orael", ["model.chat_template='orael'", "did you mean 'oreal'"]),
         ("data.max_prompt_tokens=2", ["data.max_prompt_tokens=2: all 10 prompts are longer"]),
     ],
@@ -241,6 +281,43 @@ def test_a_phase_without_its_data(config: Path) -> None:
         supervise(load_config(config, ["sft.data=solutions.jsonl"]))
     with pytest.raises(UserError, match=r"evaluation\.data is missing: "):
         evaluate_model(load_config(config))
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7 on node3", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_a_work_dir_is_refused_before_it_touches_the_first(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work_dir = tmp_path / "run"
+    work_dir.mkdir()
+    (work_dir / "metrics.jsonl").write_text("{}\n")
+    command = [sys.executable, "-c", HOLDER, str(work_dir / ".running")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert command_line.main(["train", str(config), f"work_dir={work_dir}"]) == 2
+        other.communicate()
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: work_dir='{work_dir}': process 7 on node3 is training in it: end that run")
+    assert line.count("\n") == 1
+    assert sorted(path.name for path in work_dir.iterdir()) == [".running", "metrics.jsonl"]
+    with open_run(load_config(config, [f"work_dir={work_dir}"])):  # the other has ended
+        assert (work_dir / ".running").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_locale_that_lacks_a_character_does_not_end_a_command(config: Path) -> None:
+    command = [sys.executable, "-m", "megatron_oreal", "train", str(config), "work_dir=übung", "--print-config"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("work_dir: \\xfcbung\n")
 
 
 def test_a_work_dir_that_cannot_be_written(config: Path, tmp_path: Path) -> None:

@@ -299,6 +299,12 @@ def test_an_override_enters_an_empty_section(tmp_path: Path) -> None:
         ("rollout.top_p", ["'rollout.top_p'", "not of the form key=value"]),
         ("=3", ["'=3'", "not of the form key=value"]),
         ("optimizer.betas=[0.9", ["optimizer.betas=[0.9", "not valid YAML", "quote"]),
+        # PyYAML raises ValueError, KeyError and AttributeError for these.
+        ("work_dir=2024-13-45", ["work_dir=2024-13-45", "not valid YAML", "quote"]),
+        ("seed=0b_", ["seed=0b_", "not valid YAML"]),
+        ("data.resample_by_pass_rate=!!bool x", ["!!bool x", "not valid YAML"]),
+        ("work_dir=!!timestamp x", ["!!timestamp x", "not valid YAML"]),
+        ("verifier.hosts=localhost:1", ["verifier.hosts='localhost:1'", "write [localhost:1]"]),
     ],
 )
 def test_a_malformed_override_is_named(tmp_path: Path, override: str, parts: list[str]) -> None:
@@ -340,6 +346,34 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml' does not exist"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_directory_is_not_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a directory: give a YAML file"):
+        load_config(tmp_path)
+
+
+def test_a_date_that_is_none_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("work_dir: 2024-13-45\n")
+    with pytest.raises(UserError, match=r"config\.yaml: not valid YAML \(month must be in 1\.\.12"):
+        load_config(path)
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("rollout:\n  top_k: 7\nsft:\nrollout:\n  top_p: 0.9\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path, REQUIRED)
+    assert str(caught.value).startswith(f"{path}:4: ")
+    assert "the key 'rollout' stands in line 1 already" in str(caught.value)
+
+
+def test_merged_keys_are_no_repetition(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    judge = "{retry_delay_s: 1, timeout_s: 9}"
+    path.write_text(f"verifier:\n  judge: &a {{<<: {judge}, <<: {judge}, timeout_s: 8}}\nrollout:\n  server: {{}}\n")
+    assert load_config(path, REQUIRED).verifier.judge.timeout_s == 8
 
 
 def test_a_dumped_config_reads_back_equal(tmp_path: Path) -> None:

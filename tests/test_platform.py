@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from dist import run_ranks
+from megatron.core import optimizer
+from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_oreal import platform as platforms
 from megatron_oreal.errors import UserError
+from megatron_oreal.platform import device
 from megatron_oreal.platform.megatron_cpu import megatron_on_cpu
 
 REPLACED: list[tuple[Any, str]] = [
@@ -88,6 +91,23 @@ def test_the_scope_can_be_entered_again() -> None:
         assert not is_adapted()
 
 
+def test_optimizers_without_cpu_code_give_way_to_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron takes TransformerEngine's or apex's wherever they are installed, on a machine without CUDA too."""
+    fused = object()
+    monkeypatch.setattr(optimizer, "Adam", fused)
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    for name in ("multi_tensor_applier", "l2_norm_impl"):
+        monkeypatch.setattr(clip_grads, name, fused)
+    with megatron_on_cpu():
+        assert optimizer.Adam is torch.optim.AdamW
+        assert optimizer.USING_PYTORCH_OPTIMIZER
+        gradients = [torch.tensor([3.0]), torch.tensor([[4.0]])]
+        norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, torch.zeros(1), [gradients], False)
+        assert float(norm) == 5.0
+    assert optimizer.Adam is clip_grads.l2_norm_impl is clip_grads.multi_tensor_applier is fused
+    assert optimizer.USING_PYTORCH_OPTIMIZER is False
+
+
 def test_requests_for_cuda_are_answered_by_the_cpu() -> None:
     source = torch.arange(3.0)
     with megatron_on_cpu():
@@ -154,6 +174,26 @@ def test_all_ranks_raise_the_first_mistake_that_any_of_them_sees_in_one_group_af
         assert second["error"] == "rank 1 misses its file"
         assert both["error"] == "rank 0 misses its file"
         assert all(answer["ranks"] == [0, 1] and answer["from rank 1"] == "of 1" for answer in answers)
+
+
+def test_ranks_that_wait_are_told_who_refuses_to_come_and_at_their_deadline_how_many_have_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The ranks of two nodes one after the other, at the store that torchrun would keep for them."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True)
+    environment = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": True, "RANK": 1}).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(device, "_HEARD_S", 0.0)
+    monkeypatch.setattr(device, "_joined", [])
+    device.refuse_to_join("unknown key 'sead'")
+    device.refuse_to_join("once is enough")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(device, "_joined", [])
+    with pytest.raises(UserError, match=r"^rank 1 \(.+\): unknown key 'sead'$"):
+        platforms.init_distributed("cpu", 30)
+    with pytest.raises(UserError, match=r"^parallel\.distributed_timeout_s=1: 1 of 2 ranks have come by then"):
+        platforms.init_distributed("cpu", 1)
 
 
 @pytest.mark.parametrize(("hard", "said"), [(8192, "4608"), (2000, "2000"), (1100, "ulimit -Hn is 1100: each of 1024")])

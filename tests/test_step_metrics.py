@@ -7,7 +7,7 @@ import pytest
 
 from megatron_oreal.actor.actor import UpdateResult
 from megatron_oreal.actor.sums import LogpGap, StepSums
-from megatron_oreal.algorithm import Normalisers, rewards_from_verdicts, select
+from megatron_oreal.algorithm import Normalisers, select
 from megatron_oreal.data.packing import MicrobatchPlan
 from megatron_oreal.data.types import Trajectory
 from megatron_oreal.rollout.draw import Samples
@@ -108,8 +108,7 @@ def trajectory(group: int, sample: int, length: int, *, stopped: bool = True, ke
 
 
 def test_rollout_metrics_leave_unknown_verdicts_out_of_rates_and_not_out_of_counts() -> None:
-    correct, wrong, unknown = Verdict.CORRECT, Verdict.WRONG, Verdict.UNKNOWN
-    rewards = rewards_from_verdicts([[correct, wrong, unknown], [wrong, wrong, wrong]])
+    rewards = np.array([[1, -1, 0], [-1, -1, -1]], dtype=np.int8)
     trajectories = [
         trajectory(0, 0, 4, kept_mass=0.5),
         trajectory(0, 1, 6),
@@ -144,7 +143,7 @@ def test_rollout_metrics_leave_unknown_verdicts_out_of_rates_and_not_out_of_coun
 
 
 def test_what_is_undefined_in_a_step_is_not_logged() -> None:
-    rewards = rewards_from_verdicts([[Verdict.UNKNOWN, Verdict.UNKNOWN]])
+    rewards = np.zeros((1, 2), dtype=np.int8)
     metrics, _ = rollout_metrics(Samples.of([trajectory(0, 0, 3), trajectory(0, 1, 3)]), rewards, [])
     undefined = {names.PASS_RATE, names.REWARD_MEAN, names.LENGTH_CORRECT, names.LENGTH_WRONG}
     assert not undefined & metrics.keys()

@@ -32,6 +32,15 @@ def refuse_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
 
 
+def test_a_disk_that_is_full_is_one_line(tmp_path):
+    (tmp_path / records.FILE_NAME).symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=r"^work_dir: cannot write the metrics of step 3 \(No space left on device\)"),
+        MetricLogger(tmp_path, JSON_ONLY, enabled=True) as logger,
+    ):
+        logger.log(3, {names.LOSS_TOTAL: 1.0})
+
+
 def test_every_line_is_strict_json_on_disk_at_once_and_reads_back_exactly(tmp_path):
     metrics = {
         "a/float": 0.1 + 0.2,

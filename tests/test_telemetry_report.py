@@ -148,10 +148,20 @@ def test_a_run_without_evaluation_or_timers_is_summarised(tmp_path):
     write_report(tmp_path)
 
 
+def test_curves_that_cannot_be_written_are_a_user_error_that_names_them(tmp_path):
+    with MetricLogger(tmp_path, TelemetryConfig(tensorboard=False), enabled=True) as logger:
+        logger.log(0, {names.PASS_RATE: 0.5})
+    (tmp_path / "report.png.partial").mkdir()
+    with pytest.raises(UserError, match=r"report\.png: cannot be written \(Is a directory\)"):
+        write_report(tmp_path)
+
+
 def test_a_missing_or_empty_file_is_a_user_error_that_names_it(tmp_path):
+    (tmp_path / "a_file").touch()
     for report in (summary, write_report):
-        with pytest.raises(UserError, match=r"metrics\.jsonl: no such file; give the work_dir"):
-            report(tmp_path)
+        for place in (tmp_path, tmp_path / "a_file"):
+            with pytest.raises(UserError, match=r"metrics\.jsonl: no such file; give the work_dir"):
+                report(place)
     (tmp_path / records.FILE_NAME).touch()
     for report in (summary, write_report):
         with pytest.raises(UserError, match=r"metrics\.jsonl: holds no complete step yet"):

@@ -12,8 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_oreal import cli as command_line
+from megatron_oreal.config_load import load_config
 from megatron_oreal.data.trajectories import read_trajectories
+from megatron_oreal.errors import UserError
+from megatron_oreal.sft import supervise
 from megatron_oreal.telemetry import names
+from megatron_oreal.train import train
 from megatron_oreal.verifier.verdict import Verdict
 
 STEPS = 3
@@ -64,6 +69,24 @@ def test_supervised_phase_teaches_the_solutions_it_was_given(taught: Path) -> No
     zero, one = (chances[tokenizer.convert_tokens_to_ids(digit)].item() for digit in "01")
     assert zero + one > 0.95
     assert min(zero, one) > 0.2
+
+
+def test_a_supervised_phase_that_cannot_know_whether_to_stop_stops_and_keeps_its_model(
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the verifier's workers
+    config = tiny.write_run(tmp_path, taught)
+    solutions = tiny.write_lines(tmp_path / "solutions.jsonl", tiny.coin_solutions())
+    keys = [f"sft.data={solutions}", f"sft.output={tmp_path / 'taught'}", "sft.max_steps=4", "sft.eval_every=2"]
+    keys += ["sft.stop_at_pass_rate=0.5", f"evaluation.data={tmp_path / 'train.jsonl'}"]
+    keys += ["evaluation.max_problems=2", "verifier.checker=verifier_checkers:no_verdict"]
+    with pytest.raises(UserError, match=r"^verifier\.max_unknown_share=0\.2: 100% of the evaluation's verdicts"):
+        supervise(load_config(config, keys))
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()][-2:] == [
+        "supervised step 2",
+        "supervised model",
+    ]
+    assert weights_of(tmp_path / "taught")
 
 
 def test_metrics_have_every_step_once_under_documented_names(trained: tuple[Path, str]) -> None:
@@ -184,6 +207,29 @@ def test_resume_false_refuses_a_work_dir_with_checkpoints(trained: tuple[Path, s
     assert line.startswith("error: checkpoint.resume=false")
     assert "step_000003" in line and "set resume=true" in line
     assert (config.parent / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_fewer_steps_than_a_checkpoint_has_seen_are_refused(trained: tuple[Path, str]) -> None:
+    with pytest.raises(UserError, match=r"^total_steps=2: .*step_000003 has seen 3 steps: raise it, remove that"):
+        train(load_config(trained[0], ["total_steps=2"]))
+
+
+def test_a_checkpoint_without_its_run_file_is_one_line(taught: Path, tmp_path: Path) -> None:
+    config = tiny.write_run(tmp_path, taught)
+    (tmp_path / "run" / "checkpoints" / "step_000001").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"step_000001/run\.json: cannot be read \(No such file or directory\)"):
+        train(load_config(config))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line_before_anything_is_saved(
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_run(tmp_path, taught)
+    keys = ["optimizer.token_level_rm_lr=1e37", "checkpoint.every=2", "telemetry.tensorboard=false"]
+    assert command_line.main(["train", str(config), *keys]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: gradient norm is nan: ")
+    assert [record["step"] for record in tiny.metrics_of(tmp_path / "run")] == [0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_eval_of_the_export_finds_what_the_run_logged_at_its_end(trained: tuple[Path, str]) -> None:

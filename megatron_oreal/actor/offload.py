@@ -21,6 +21,9 @@ from megatron_oreal.actor.build import MegatronModel
 from megatron_oreal.actor.optimizer import ModelOptimizer
 from megatron_oreal.telemetry import PhaseTimers
 
+_SLAB_BYTES = 1 << 30
+"""Of one pinned allocation. torch rounds each up to a power of two: one a tensor would take up to twice the memory."""
+
 
 @dataclass
 class Part:
@@ -85,35 +88,48 @@ class Offloader:
 
 
 class _Storages:
-    """The storages of one part, each once, and their places in host memory, which are kept."""
+    """The storages of one part, each once, and the host memory that they leave for, one after another; it is kept."""
 
     def __init__(self, part: Part):
         self._device = _unique(part.tensors)
         self._scratch = _unique(part.scratch)
         self._sizes = [storage.nbytes() for storage in self._device]
         self._scratch_sizes = [storage.nbytes() for storage in self._scratch]
-        self._host: list[torch.UntypedStorage] = []
+        self._host: list[Tensor] = []
         self.is_out = False
 
     def offload(self) -> None:
         if not self._host:
-            self._host = [_host_storage(storage) for storage in self._device]
-        for storage, host in zip(self._device, self._host, strict=True):
-            host.copy_(storage, non_blocking=True)
+            self._host = _slabs(sum(self._sizes), pinned=any(s.device.type == "cuda" for s in self._device))
+        for device, host in self._pieces():
+            host.copy_(device, non_blocking=True)
         _wait(self._device)
         for storage in self._device + self._scratch:
             storage.resize_(0)
         self.is_out = True
 
     def load(self) -> None:
-        for storage, host, size in zip(self._device, self._host, self._sizes, strict=True):
+        for storage, size in zip(self._device, self._sizes, strict=True):
             storage.resize_(size)
-            storage.copy_(host, non_blocking=True)
+        for device, host in self._pieces():
+            device.copy_(host, non_blocking=True)
         for storage, size in zip(self._scratch, self._scratch_sizes, strict=True):
             storage.resize_(size)
-            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (size,), (1,)).zero_()
+            _as_bytes(storage).zero_()
         _wait(self._device)
         self.is_out = False
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bytes on the device and their place in host memory; a piece ends with its storage or its slab."""
+        place = 0
+        for storage, size in zip(self._device, self._sizes, strict=True):
+            device, end = _as_bytes(storage), place + size
+            while place < end:
+                slab, offset = divmod(place, _SLAB_BYTES)
+                count = min(end - place, _SLAB_BYTES - offset)
+                done = size - (end - place)
+                yield device[done : done + count], self._host[slab][offset : offset + count]
+                place += count
 
 
 def model_part(model: MegatronModel) -> Part:
@@ -157,9 +173,16 @@ def _unique(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     return list(found.values())
 
 
-def _host_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    pinned = storage.device.type == "cuda"
-    return torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned).untyped_storage()
+def _slabs(size: int, *, pinned: bool) -> list[Tensor]:
+    """``size`` bytes of host memory."""
+    sizes = [min(_SLAB_BYTES, size - begin) for begin in range(0, size, _SLAB_BYTES)]
+    return [torch.empty(count, dtype=torch.uint8, pin_memory=pinned) for count in sizes]
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    """A tensor over all of a storage."""
+    view = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return view.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload, no-any-return]
 
 
 def _wait(storages: Sequence[torch.UntypedStorage]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -48,9 +49,27 @@ def _allocate_moments(part: Any) -> None:
     """
     if isinstance(part.optimizer, HybridDeviceOptimizer):
         _allocate_hybrid_moments(part.optimizer)
+    elif part.config.use_precision_aware_optimizer:
+        _allocate_precision_aware_state(part.optimizer)
     else:
         part.init_state_fn(part.optimizer, part.config)
     _complete_step_counts(part)
+
+
+def _allocate_precision_aware_state(optimizer: Any) -> None:
+    """The same for TransformerEngine's FusedAdam that keeps the main weights itself.
+
+    Megatron's ``init_state_fn`` leaves out an argument that ``initialize_state`` demands from TransformerEngine 2.1 on
+    (NVIDIA/Megatron-LM#7288): whether only the 16 bits that bf16 lacks are kept of an fp32 main weight.
+    """
+    takes_remainders = "store_param_remainders" in inspect.signature(optimizer.initialize_state).parameters
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not optimizer.state[param]:
+                remainders = (
+                    (optimizer.store_param_remainders and param.dtype == torch.bfloat16,) if takes_remainders else ()
+                )
+                optimizer.initialize_state(param, *remainders)
 
 
 @torch.no_grad()
@@ -103,7 +122,7 @@ class ModelOptimizer:
     ):
         self.model = model
         self.platform = platform
-        self.weight_decay = config.wd
+        self.config = config
         try:
             megatron_config = MegatronOptimizerConfig(
                 optimizer="adam",
@@ -175,7 +194,9 @@ class ModelOptimizer:
         """Clip, update, and return the gradient norm before clipping. Raises ``NonFiniteGradientError``."""
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
-            group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
+            group["weight_decay"] = self.config.wd * group.get("wd_mult", 1.0)
+            # A checkpoint's parameter groups bring those of the config that it was saved with.
+            group["betas"], group["eps"] = self.config.betas, self.config.eps
         with self.platform.megatron():
             _, norm, _ = self.megatron.step()
         norm = float(norm)

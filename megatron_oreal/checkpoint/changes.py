@@ -12,6 +12,7 @@ from megatron_oreal.errors import UserError
 from megatron_oreal.layout.model_spec import ModelSpec
 
 FIXED_KEYS = {
+    "optimizer.wd_on_norms_and_biases": "the optimizer's state is kept by groups of parameters",
     "model.dtype": "the optimizer's state is kept in another form",
     "parallel.use_distributed_optimizer": "the optimizer's state is kept in another form",
     "parallel.optimizer_cpu_offload": "the optimizer's state is kept in another form",
@@ -20,6 +21,8 @@ FIXED_KEYS = {
 """Keys that must be as they were, and why."""
 _BUCKET_KEYS = ("parallel.overlap_grad_reduce", "parallel.ddp_bucket_size")
 """Keys that must be too where the optimizer's state was saved bucket by bucket."""
+_FREE = ("rollout.sglang", "parallel.tp_comm_overlap_options", "parallel.tp_comm_overlap_cfg")
+"""Keys whose values are trees with names of others: compared whole, for what they lack means a default."""
 _SILENT = ("work_dir", "device", "checkpoint.", "telemetry.", "sft.", "model.megatron_checkpoint")
 """Keys that say where and how often things are written, or matter only before the first step."""
 
@@ -66,7 +69,7 @@ def check_changes(saved: Mapping[str, Any], config: Config, spec: ModelSpec, ori
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted keys and values."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{key}" not in _FREE:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -27,6 +27,7 @@ from megatron_oreal.actor.optimizer import ModelOptimizer
 from megatron_oreal.checkpoint.changes import check_changes, record
 from megatron_oreal.errors import UserError
 from megatron_oreal.layout.directory import sync, together, write_companions, writing
+from megatron_oreal.layout.files import read_json
 from megatron_oreal.layout.megatron_checkpoint import HF_FOLDER
 from megatron_oreal.platform import Platform
 
@@ -98,7 +99,7 @@ class Checkpoints:
         """
         path = self.path(step)
         run = self.platform.broadcast_object(
-            json.loads((path / _RUN_FILE).read_text()) if self.platform.rank == 0 else None
+            self.platform.fail_together(lambda: read_json(path / _RUN_FILE) if self.platform.rank == 0 else None)
         )
         changes = check_changes(run, actor.config, actor.spec, path)
         if changes and self.platform.rank == 0:

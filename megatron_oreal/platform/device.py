@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import os
 import resource
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,8 +24,12 @@ MESSAGE_BYTES = 64 * 2**20
 _DESCRIPTORS_A_RANK, _SPARE_DESCRIPTORS = 4, 512
 """gloo's groups have a socket a pair of members: the host group, and Megatron's of the data-parallel ranks."""
 
-_GROUPS = itertools.count()
-"""Process groups that this process has joined; the ranks of a launch join and leave them together."""
+_joined: list[str] = []
+"""Process groups that this process has joined, or meant to; the ranks of a launch join and leave them together."""
+_DECIDED = "decided"
+"""In the store of the ranks: empty when all have come, else why one of them does not."""
+_REFUSAL_S, _HEARD_S = 10, 30.0
+"""To reach that store with a refusal, and to stay for those who are still to read it: it may end with this node."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,8 @@ def init_distributed(
 ) -> Platform:
     """Join the process group that torchrun describes (alone: a world of one) and choose this rank's device.
 
-    ``timeout_s``: of collectives; ``host_timeout_s``: of those of ``host_group``, by default the same.
+    ``timeout_s``: of collectives; ``host_timeout_s``: of those of ``host_group``, by default the same. Raises
+    ``UserError`` when a rank does not come: it has refused (``refuse_to_join``), or ``timeout_s`` is over.
     """
     kind = choose_device(requested)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -191,6 +197,7 @@ def init_distributed(
     allow_connections(int(os.environ.get("WORLD_SIZE", "1")))
     if not dist.is_initialized():
         store, rank, world_size = _rendezvous(timeout)
+        _meet(store, world_size, timeout_s)
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
@@ -214,7 +221,47 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
         return dist.HashStore(), 0, 1
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    return dist.PrefixStore(f"group{next(_GROUPS)}", store), rank, world_size
+    _joined.append(f"group{len(_joined)}")
+    return dist.PrefixStore(_joined[-1], store), rank, world_size
+
+
+def _meet(store: dist.Store, world_size: int, timeout_s: int) -> None:
+    """Wait until all ranks have come to the store. ``UserError`` when one says that it does not, or too late."""
+    try:
+        if store.add("here", 1) == world_size:
+            store.set(_DECIDED, "")
+        try:
+            store.wait([_DECIDED])
+        except dist.DistStoreError:
+            here = store.add("here", 0)
+            raise UserError(
+                f"parallel.distributed_timeout_s={timeout_s}: {here} of {world_size} ranks have come by then: see the "
+                "output of the others"
+            ) from None
+        refusal = store.get(_DECIDED).decode()
+    except dist.DistNetworkError as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"the node that keeps the ranks' store has ended ({said}): see its output") from None
+    if refusal:
+        raise UserError(refusal)
+
+
+def refuse_to_join(reason: str) -> None:
+    """Tell the ranks of other nodes, which wait in ``init_distributed``, that this one never comes, and why.
+
+    For a mistake that is found before. Returns when all have come, or after 30 s. Nothing happens when there are no
+    others, when this rank has joined them already, or when they cannot be reached within 10 s.
+    """
+    world, node = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if "RANK" not in os.environ or world <= node or _joined:
+        return
+    with contextlib.suppress(RuntimeError, ValueError):  # no way to them
+        store, rank, _ = _rendezvous(datetime.timedelta(seconds=_REFUSAL_S))
+        store.set(_DECIDED, f"rank {rank} ({socket.gethostname()}): {reason}")
+        end, refused = time.monotonic() + _HEARD_S, store.add("refused", 1)
+        while refused + store.add("here", 0) < world and time.monotonic() < end:
+            time.sleep(0.2)
+            refused = store.add("refused", 0)
 
 
 def allow_connections(world_size: int) -> None:

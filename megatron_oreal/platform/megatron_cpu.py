@@ -1,7 +1,8 @@
 """Megatron-core on CPU ranks over gloo.
 
 Megatron-core assumes CUDA in a handful of places: tensors made with ``device="cuda"``, ``torch.cuda.current_device()``
-and ``synchronize()``, assertions on the CUDA name that ``Tensor.type()`` returns, and its CUDA random-number tracker.
+and ``synchronize()``, assertions on the CUDA name that ``Tensor.type()`` returns, its CUDA random-number tracker, and
+the optimizers of TransformerEngine or apex, which it takes wherever they are installed, for they have no CPU code.
 ``megatron_on_cpu`` answers exactly those while it is entered, and puts everything back when it is left. It refuses to
 start where CUDA is available.
 """
@@ -117,6 +118,26 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     ]
 
 
+def _torch_optimizers() -> list[tuple[Any, str, Any]]:
+    """What Megatron itself falls back to without TransformerEngine and apex."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as megatron_optimizer
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (optimizer, "Adam", torch.optim.AdamW),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", True),
+        (distrib_optimizer, "Adam", torch.optim.Adam),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", False),
+        (clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm),
+        (clip_grads, "multi_tensor_scale_tensor_impl", None),
+    ]
+    for module in (clip_grads, megatron_optimizer):
+        replaced.append((module, "multi_tensor_applier", utils.local_multi_tensor_applier))
+        replaced.append((module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale))
+    return [(module, name, value) for module, name, value in replaced if hasattr(module, name)]  # as versions have them
+
+
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
     """Enter the adaptation; nested use is free. Raises ``RuntimeError`` where CUDA is available."""
@@ -129,7 +150,7 @@ def megatron_on_cpu() -> Iterator[None]:
         finally:
             _entered.pop()
         return
-    replaced = _replacements()
+    replaced = [*_replacements(), *_torch_optimizers()]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
         setattr(owner, name, value)

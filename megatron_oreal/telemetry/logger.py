@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -59,14 +60,22 @@ class MetricLogger:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one record. Raises ``ValueError`` when ``step`` is not newer than the last.
 
+        ``UserError`` when it cannot be written (a full disk).
+
         An evaluation belongs to the record of the step that would be trained next (its policy has had ``step``
         updates); the one after the last step is a record of its own, with ``step == total_steps``.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged already, or lies before the step that the run resumed with")
         self._last_step = step
-        for sink in self._sinks:
-            sink.log(step, metrics)
+        try:
+            for sink in self._sinks:
+                sink.log(step, metrics)
+        except OSError as error:
+            raise UserError(
+                f"work_dir: cannot write the metrics of step {step} ({error.strerror or error}): free some space or "
+                "check the disk, and start the run again"
+            ) from error
 
     def close(self) -> None:
         """Flush and close every sink. Idempotent."""
@@ -121,7 +130,8 @@ class _JsonLines:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+            self._file.close()
 
 
 class _TensorBoard:

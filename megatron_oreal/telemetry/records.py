@@ -93,8 +93,10 @@ def _records(path: Path) -> Iterator[tuple[Record, str]]:
     """Each complete record with its line, newline removed."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; give the work_dir of a run that has logged a step") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:
             yield decode(line), line

@@ -19,7 +19,7 @@ def write_report(work_dir: str | Path) -> Path:
     """Draw ``metrics.jsonl`` of ``work_dir`` as ``report.png`` beside it, in one atomic rename, and return its path.
 
     Six panels: held-out pass@1, training prompts, losses, policy, responses, time per step; where nothing was logged
-    one says "no data". Raises ``UserError`` when the file is missing or has no step.
+    one says "no data". Raises ``UserError`` when the file is missing or has no step, or the curves cannot be written.
     """
     # matplotlib takes most of a second to import; only this function needs it.
     from megatron_oreal.telemetry import panels
@@ -29,9 +29,15 @@ def write_report(work_dir: str | Path) -> Path:
     canvas = panels.draw(found, work_dir.resolve().name, _headline(found))
     path = work_dir / REPORT_FILE_NAME
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        canvas.print_png(file)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            canvas.print_png(file)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}): mend that, or copy metrics.jsonl elsewhere and "
+            "give its directory"
+        ) from None
     return path
 
 
