@@ -337,6 +337,7 @@ class SglangEngine:
         self._stop_serving()
         if self._handover is not None:
             self._handover.cancel()
+            self._handover = None
         if self._buckets is not None:
             self._buckets.close()
         if self._keeper is not None:

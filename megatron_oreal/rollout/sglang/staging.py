@@ -33,8 +33,7 @@ class HostSegment:
 
     def __init__(self, fd: int, nbytes: int):
         self.fd, self._id = fd, uuid.uuid4().hex
-        self._map = mmap.mmap(fd, nbytes)
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.tensor = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
         self._is_pinned = False
 
     @classmethod
@@ -73,6 +72,7 @@ class HostSegment:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        self.tensor = torch.empty(0, dtype=torch.uint8)  # it alone holds the map, which has a descriptor of its own
 
 
 class CudaSegment:
