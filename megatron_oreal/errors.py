@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # More names than this are no help in a line.
 _MOST_NAMES = 60
@@ -30,6 +31,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if len(names) > _MOST_NAMES:
         return f" (none of the {len(names)} valid names is like it)"
     return f" (valid: {', '.join(names)})"
+
+
+def seen_from(path: Path) -> str:
+    """``" (seen from DIRECTORY)"`` behind a relative path that names nothing; nothing behind an absolute one."""
+    return "" if path.is_absolute() else f" (seen from {Path.cwd()})"
 
 
 @contextmanager

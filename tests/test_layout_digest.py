@@ -24,7 +24,7 @@ from megatron_oreal.layout import (
     megatron_layout,
 )
 from megatron_oreal.layout.blocks import to_slices
-from megatron_oreal.layout.digest import _CHUNK_ELEMENTS, _Hasher
+from megatron_oreal.layout.digest import CHUNK_ELEMENTS, _Hasher
 
 Ranks = dict[int, dict[str, Tensor]]
 GRID = RankGrid(tp=2, pp=2, dp=2)
@@ -279,7 +279,7 @@ def test_values_are_compared_as_they_are_on_the_wire(trainer: torch.dtype, engin
 def test_temporaries_are_bounded_and_chunks_do_not_change_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     reports = []
     for chunk in (1, 7, 50, 2**18):
-        monkeypatch.setitem(_CHUNK_ELEMENTS, "cpu", chunk)
+        monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk)
         world = World()
         reports.append(world.compare())
         (scratch,) = world.digester._hasher.scratch.values()

@@ -18,7 +18,7 @@ from planner_memory_cases import BLIND_CASES, CASES, CI_CASES, PROMPT, Case, sma
 
 from megatron_oreal.config_load import parse_config
 from megatron_oreal.layout import ModelSpec, RopeSpec, megatron_layout, pipeline_layer_split
-from megatron_oreal.layout.digest import _CHUNK_ELEMENTS
+from megatron_oreal.layout.digest import CHUNK_ELEMENTS
 from megatron_oreal.layout.megatron import padded_vocab_size
 from megatron_oreal.planner import (
     Setting,
@@ -30,7 +30,7 @@ from megatron_oreal.planner import (
     rank_memory,
 )
 from megatron_oreal.planner.activations import in_flight, layer_bytes
-from megatron_oreal.planner.engine import DIGEST_CHUNK_ELEMENTS
+from megatron_oreal.planner.engine import CHUNK_ELEMENTS as DIGEST_CHUNK_ELEMENTS
 from megatron_oreal.planner.memory import grid_of
 from megatron_oreal.planner.types import RankMemory
 from megatron_oreal.planner.update import simulate_update
@@ -350,7 +350,7 @@ def test_a_process_with_a_group_of_its_own_plans_in_another():
 
 
 def test_digests_are_planned_for_the_chunks_that_they_are_taken_in():
-    assert DIGEST_CHUNK_ELEMENTS == _CHUNK_ELEMENTS
+    assert DIGEST_CHUNK_ELEMENTS == CHUNK_ELEMENTS
 
 
 def test_selective_recomputation_of_the_mlp_keeps_its_input_alone():

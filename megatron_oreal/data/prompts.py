@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_oreal.data.types import Prompt
-from megatron_oreal.errors import UserError
+from megatron_oreal.errors import UserError, seen_from
 
 JSON_SUFFIXES = (".jsonl", ".json")
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<split>\w[^/]*))?")
@@ -102,8 +102,7 @@ def _source(source: str) -> Iterator[_Row]:
         return _saved_data_set(Path(directory), split)
     match = _HUB_NAME.fullmatch(source)
     if match is None or path.suffix in (*JSON_SUFFIXES, ".parquet"):
-        seen_from = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
-        raise UserError(f"{source}: no such file or directory{seen_from}")
+        raise UserError(f"{source}: no such file or directory{seen_from(path)}")
     return _hub_data_set(match["name"], match["split"] or "train")
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from megatron_oreal.layout.blocks import Layout, Rect, ShardLayout, to_slices
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 """Elements hashed at a time, as int64: 2 MiB on a CPU (its cache), 128 MiB on a GPU."""
 _HEADER = 2  # version, elements of the padding that are not zero
 
@@ -291,7 +291,7 @@ class _Hasher:
             self._tables[device] = self._host[0].to(device), self._host[1].to(device)
         (top, bottom), (left, right) = rect
         rows, columns = self._tables[device][0][top:bottom], self._tables[device][1]
-        height = max(1, _CHUNK_ELEMENTS.get(device.type, 2**24) // (right - left))
+        height = max(1, CHUNK_ELEMENTS.get(device.type, 2**24) // (right - left))
         total = rows.new_zeros(())
         for start in range(0, bottom - top, height):
             words, factors = self._words(self.bits(values[start : start + height]), left, columns)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_oreal.errors import UserError
+from megatron_oreal.errors import UserError, seen_from
 from megatron_oreal.layout.families import ARCHITECTURES, CLASSIFIER, has_role, hf_tensors
 from megatron_oreal.layout.files import is_file, read_json
 
@@ -91,9 +91,9 @@ def load_model_spec(model_dir: str | Path) -> ModelSpec:
     """
     path = Path(model_dir) / "config.json"
     if not is_file(path):
-        seen_from = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         raise UserError(
-            f"model directory {str(model_dir)!r} has no config.json{seen_from}: give a Hugging Face model directory"
+            f"model directory {str(model_dir)!r} has no config.json{seen_from(path)}: give a Hugging Face model "
+            "directory"
         )
     return model_spec_from_config(read_json(path), str(path))
 

@@ -226,9 +226,8 @@ def _with_recompute(setting: Setting, one: LayerBytes, layers: int, hidden: floa
     group = min(parallel.recompute_num_layers or 1, layers)
     again = one.saved + one.backward
     if parallel.recompute_method == "block":
-        whole = (
-            layers - group
-        ) * one.saved  # of the last layers, whose backward pass is over when others are recomputed
+        # Of the last layers, whose backward pass is over when others are recomputed.
+        whole = (layers - group) * one.saved
         return whole + group * hidden, max(one.backward, again - whole)
     return -(-layers // group) * hidden, (group - 1) * one.saved + again
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_oreal.layout import ModelSpec, embedded_layout
+from megatron_oreal.layout.digest import CHUNK_ELEMENTS
 from megatron_oreal.layout.engines import sglang_layout
 from megatron_oreal.layout.execute import DEFAULT_BUCKET_BYTES
 from megatron_oreal.planner.parameters import ITEM_BYTES
@@ -18,8 +19,6 @@ from megatron_oreal.rollout.kv_cache import KvCache
 from megatron_oreal.rollout.sglang.staging import weight_groups
 
 _MIB = 2**20
-DIGEST_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
-"""Elements that ``layout/digest.py`` hashes at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def _digest_bytes(setting: Setting) -> int:
     spec, tp = setting.spec, setting.config.parallel.tensor_model_parallel_size
     largest = max(spec.vocab_size, spec.ffn_hidden_size) * spec.hidden_size // tp
     words = {"bf16": 2, "fp32": 1}[setting.config.model.dtype]
-    return 8 * min(DIGEST_CHUNK_ELEMENTS[setting.device], largest) // words
+    return 8 * min(CHUNK_ELEMENTS[setting.device], largest) // words
 
 
 def kv_bytes_per_token(setting: Setting) -> int:
