@@ -26,6 +26,9 @@ find_python() {
     return 2
 }
 
+# one at a time in a checkout: two would write one environment, or one egg-info
+exec 9<"$root/setup.py"
+flock 9 || echo "no lock on $root/setup.py: do not start this twice at once" >&2
 stamp=$dir/.ready-${extra:-plain}
 wanted=$(cat "$root"/setup.py "$root"/constraints.txt "$root"/megatron_oreal/loss/nvcc.py "$root"/megatron_oreal/loss/csrc/* | cksum)
 if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then

@@ -22,14 +22,15 @@ TESTS = Path(__file__).parent
 
 
 def run_ranks(
-    target: str, world_size: int, kwargs: dict[str, Any] | None = None, *, timeout_s: float = 300, check: bool = True
+    target: str, world_size: int, kwargs: dict[str, Any] | None = None, *, timeout_s: float = 500, check: bool = True
 ) -> list[Any]:
     """Call ``module:function`` on ``world_size`` ranks; fails with the ranks' output when one of them fails."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kwargs.pkl").write_bytes(pickle.dumps(kwargs or {}))
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        command += [str(Path(__file__)), target, folder]
+        # without the address it asks the name service for the host's
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+        command += [f"--nproc-per-node={world_size}", str(Path(__file__)), target, folder]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
         if done.returncode and check:
             raise AssertionError(

@@ -205,7 +205,7 @@ def verifier_fails(platform: platforms.Platform, rank: int) -> tuple[str, float]
 
 def everything(folder: Path) -> dict[str, Any]:
     """All cases in one world; messages and rounds small enough that there are several of each."""
-    platform = platforms.init_distributed("cpu", 300, host_timeout_s=120)
+    platform = platforms.init_distributed("cpu", 300, host_timeout_s=240)
     device.MESSAGE_BYTES, dispatched.ROUND_BYTES = 48, 700
     found: dict[str, Any] = {
         "embedded": compare(platform, folder, "embedded", sampler_of(platform, OwnEngine()), None),
@@ -226,7 +226,7 @@ def everything(folder: Path) -> dict[str, Any]:
 
 def wait_in_vain() -> tuple[str, float]:
     """Rank 1 waits for bytes that rank 0 never sends."""
-    platform = platforms.init_distributed("cpu", 60, host_timeout_s=2)
+    platform = platforms.init_distributed("cpu", 600, host_timeout_s=4)  # which making the group may take too
     said, began = "", time.monotonic()
     if platform.rank == 1:
         try:

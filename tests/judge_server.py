@@ -171,12 +171,12 @@ class JudgeServer:
         started = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         self._thread.start()
-        assert started.wait(10)
+        assert started.wait(120)
 
     def stop(self) -> None:
         """Die: every connection is cut at once."""
         self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join(10)
+        self._thread.join(120)
         assert not self._thread.is_alive()
 
     def _run(self, started: threading.Event) -> None:

@@ -12,7 +12,7 @@ def fail_in_all_ways() -> list[dict[str, Any]]:
     """Each way in a process group of its own, which the ranks join and leave."""
     answers = []
     for ranks in ([], [1], [0, 1]):
-        platform = platforms.init_distributed("cpu", 60)
+        platform = platforms.init_distributed("cpu", 300)
         answers.append(_fail_on(ranks, platform))
         platforms.shutdown_distributed()
     return answers

@@ -12,6 +12,8 @@ cd "$root"
 if [[ -z ${OREAL_BUILD_CUDA:-} ]] && command -v "${OREAL_NVCC:-nvcc}" >/dev/null; then
     export OREAL_BUILD_CUDA=1
 fi
+# a slow package index or a broken connection is asked again
+export PIP_RETRIES=${PIP_RETRIES:-10} PIP_DEFAULT_TIMEOUT=${PIP_DEFAULT_TIMEOUT:-60}
 python=$(bash examples/setup_env.sh "$venv" dev)
 bash tests/setup_sglang.sh "$python"
 bin=$(dirname "$python")

@@ -69,7 +69,7 @@ def fast_settings(window: int = 64, *, max_restarts: int = 3, control_timeout_s:
     """Deadlines that a test can wait for, and buckets that a small model fills several times."""
     dispatch = {
         "health_interval_s": 1.0,
-        "health_timeout_s": 25.0,
+        "health_timeout_s": 60.0,
         "recover_timeout_s": 400.0,
         "step_deadline_s": 500.0,
     }
@@ -137,25 +137,48 @@ class SharedServer:
 
 
 def processes() -> dict[int, str]:
-    """Every other process of the machine: its command line, and the files in shared memory that it maps."""
+    """Every other process of the machine: its command line, what of shared memory it maps, and what it has open."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 mapped = [word for word in (entry / "maps").read_text().split() if word.startswith("/dev/shm/")]
-                found[int(entry.name)] = " ".join([line, *mapped])
+                found[int(entry.name)] = " ".join([line, *mapped, *open_files(entry.name)])
     return found
+
+
+def open_files(pid: int | str) -> list[str]:
+    """Targets of a process's descriptors; sockets and pipes have numbers that none has again."""
+    found = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+    return found
+
+
+def holders(port: int) -> list[str]:
+    """``processes`` that have a TCP socket of this port, as listeners or at their end of a connection."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else []:
+            fields = line.split()
+            if int(fields[1].rpartition(":")[2], 16) == port:
+                sockets.add(f"socket:[{fields[9]}]")
+    return [text for text in processes().values() if not sockets.isdisjoint(text.split())]
 
 
 def left_over(before: Sequence[str]) -> list[str]:
     """Shared-memory files and scratch directories of SGLang that were not there ``before``, and that nobody uses.
 
-    Other tests may run servers at the same time; theirs belong to living processes.
+    Other tests may run servers at the same time; theirs belong to living processes, but for a moment after they were
+    made and before they are removed.
     """
     found = set(_files()) - set(before)
-    if found:
-        time.sleep(0.5)  # for one that is just being made, or removed
+    for _ in range(20):
+        if not found:
+            break
+        time.sleep(0.5)
         living = processes().values()
         found = {path for path in found & set(_files()) if not any(path in text for text in living)}
     return sorted(found)

@@ -116,7 +116,8 @@ def test_every_part_is_measured_in_every_repeat_without_the_warm_up(measured: di
         assert len(figure["values"]) == REPEATS, figure
         assert all(math.isfinite(value) and value >= 0 for value in figure["values"]), figure
         assert figure["min"] <= figure["median"] <= figure["max"]
-        assert figure["spread"] == pytest.approx((figure["max"] - figure["min"]) / figure["median"])
+        spread = (figure["max"] - figure["min"]) / figure["median"] if figure["median"] else 0.0
+        assert figure["spread"] == pytest.approx(spread)
         assert f"  {figure['name']} " in measured["stdout"]
 
 
@@ -169,12 +170,15 @@ def test_tokens_a_second_times_seconds_are_the_tokens(
 
 
 def test_phases_are_within_their_whole(figures: dict[str, list[float]]) -> None:
+    """Each is that of its slowest rank: what one rank is late in one phase, the other one waits for in the next."""
     for whole, parts in (
         ("update/seconds", [f"update/{phase}_seconds" for phase in ("reference", "reward_model", "policy")]),
         ("step/seconds", [f"step/phase {phase}" for phase in ("generate", "select", "update", "publish")]),
         ("switch/seconds", ["switch/phase update", "switch/phase publish"]),
     ):
-        assert (np.sum([figures[part] for part in parts], axis=0) <= 1.05 * np.array(figures[whole])).all(), whole
+        every = np.array([figures[part] for part in parts])
+        assert (every <= figures[whole]).all(), whole
+        assert (every.sum(axis=0) <= RANKS * np.array(figures[whole])).all(), whole
     tail, generation = figures["rollout/tail_seconds"], figures["rollout/output_seconds"]
     assert all(0 <= t < s for t, s in zip(tail, generation, strict=True))
 
@@ -249,7 +253,7 @@ def test_a_request_s_own_limit_is_what_a_server_is_asked_for() -> None:
 def test_the_verifier_works_and_the_drawn_outcome_is_what_counts(workload: Workload) -> None:
     correct = np.array([[True, False]])
     text = SyntheticChat(workload).decode(np.zeros(50, np.int32))
-    with Verifier(VerifierConfig(num_processes=1)) as verifier:
+    with Verifier(VerifierConfig(num_processes=1, deadline_s=300)) as verifier:
         drawn = DrawnOutcomes(verifier, correct)
         for sample in (0, 1):
             drawn.submit((0, sample), text, "42", stopped=True, question="")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from ports import free_port
 from torch.distributed.run import get_args_parser
 
 from megatron_oreal import cli
@@ -73,19 +74,6 @@ def printed(name: str, *arguments: object, env: Mapping[str, str] | None = None,
     done = script(name, *arguments, "--dry-run", env=env, path=path)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
-
-
-def free_port(count: int = 1) -> int:
-    """The first of ``count`` neighbouring ports that are free."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = int(probe.getsockname()[1])
-        try:
-            for number in range(port, port + count):
-                socket.create_server(("127.0.0.1", number)).close()
-        except OSError:
-            continue
-        return port
 
 
 def write_program(path: Path, text: str) -> None:
@@ -320,7 +308,7 @@ with JudgeServer(port=int(sys.argv[sys.argv.index("--port") + 1])):
 
 def test_verifiers_are_started_announced_and_ended_together(tmp_path: Path) -> None:
     write_program(tmp_path / "vllm", FAKE_VLLM.format(python=sys.executable, tests=tiny.REPOSITORY / "tests"))
-    bystander = subprocess.Popen(["sleep", "60"])
+    bystander = subprocess.Popen(["sleep", "600"])
     port = free_port(2)
     arguments = ["--backend", "vllm", "--model", "some-model", "--replicas", "2", "--gpus", "none", "--port", str(port)]
     command = ["bash", str(EXAMPLES / "launch_verifier.sh"), *arguments, "--address", "127.0.0.1"]
@@ -335,7 +323,7 @@ def test_verifiers_are_started_announced_and_ended_together(tmp_path: Path) -> N
         assert again.returncode == 2 and f"port {port} is taken" in again.stderr
         groups = [int(line.split("process group ")[1].split(",")[0]) for line in service.stderr.readline().splitlines()]
         service.send_signal(signal.SIGTERM)
-        assert service.wait(30) == 143
+        assert service.wait(120) == 143
     finally:
         service.kill()
         service.communicate()
@@ -345,13 +333,13 @@ def test_verifiers_are_started_announced_and_ended_together(tmp_path: Path) -> N
     assert len(groups) == 1
     for number in (port, port + 1):
         with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", number), timeout=2)
+            socket.create_connection(("127.0.0.1", number), timeout=60)
 
 
 def test_the_log_of_the_verifier_that_ended_is_shown(tmp_path: Path) -> None:
     port = free_port(2)
     write_program(
-        tmp_path / "vllm", f"#!/bin/bash\n[[ ${{@: -1}} != {port} ]] || exec sleep 60\necho no memory\nexit 3\n"
+        tmp_path / "vllm", f"#!/bin/bash\n[[ ${{@: -1}} != {port} ]] || exec sleep 600\necho no memory\nexit 3\n"
     )
     options = ["--backend", "vllm", "--replicas", 2, "--gpus", "none", "--port", port, "--python", sys.executable]
     done = script("launch_verifier", *options, "--log-dir", tmp_path / "logs", path=tmp_path)
@@ -416,20 +404,29 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(model: Path) -> Iterator[str]:
+def hub(model: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The variables with which a script downloads from a hub on this machine."""
     handler = type("ModelHub", (Hub,), {"folder": model})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_ETAG_TIMEOUT": "240",  # the server is a thread of a process that has other things to do
+            "HF_HUB_DOWNLOAD_TIMEOUT": "240",
+            "NO_PROXY": "127.0.0.1",
+        }
         server.shutdown()
 
 
-def test_a_model_is_downloaded_converted_and_not_fetched_twice(tmp_path: Path, model: Path, hub: str) -> None:
+def test_a_model_is_downloaded_converted_and_not_fetched_twice(
+    tmp_path: Path, model: Path, hub: dict[str, str]
+) -> None:
     (tmp_path / "source.jsonl").write_text('{"question": "1+1", "gold_answer": "2", "pass_rate": 0.5}\n')
-    env = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     options = ["--model", "some/model", "--prompts", "source.jsonl", "--prompts-file", "data/p.jsonl"]
     options += ["--megatron", "models/m", "--python", sys.executable]
-    done = script("prepare", *options, env=env, cwd=tmp_path)
+    done = script("prepare", *options, env=hub, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     fetched = tmp_path / "models" / "model"
     names = {path.name for path in model.iterdir()}
@@ -438,19 +435,18 @@ def test_a_model_is_downloaded_converted_and_not_fetched_twice(tmp_path: Path, m
     prompt = json.loads((tmp_path / "data" / "p.jsonl").read_text())
     assert (prompt["question"], prompt["gold_answer"], prompt["pass_rate"]) == ("1+1", "2", 0.5)
     assert (tmp_path / "models" / "m" / "metadata.json").is_file()
-    again = script("prepare", *options, env=env, cwd=tmp_path)
+    again = script("prepare", *options, env=hub, cwd=tmp_path)
     assert again.returncode == 0
     assert "0.0 GB to download" in again.stdout
     assert again.stdout.count("is there already") == 2
 
 
-def test_a_local_model_is_left_alone(tmp_path: Path, hub: str) -> None:
+def test_a_local_model_is_left_alone(tmp_path: Path, hub: dict[str, str]) -> None:
     (tmp_path / "mine").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "mine" / name).write_text("mine")
     options = ["--model", "some/model", "--model-dir", "mine", "--prompts", "", "--python", sys.executable]
-    env = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    done = script("prepare", *options, env=env, cwd=tmp_path)
+    done = script("prepare", *options, env=hub, cwd=tmp_path)
     assert done.returncode == 0 and "mine is there already" in done.stdout, done.stderr
     assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == {
         "config.json": "mine",
@@ -550,7 +546,7 @@ def test_a_slurm_job_whose_step_fails_fails_with_it(run: Path, tmp_path: Path) -
 def test_before_its_time_limit_a_slurm_job_goes_back_into_the_queue(
     run: Path, tmp_path: Path, restarts: str, requeued: bool
 ) -> None:
-    write_program(tmp_path / "py", f"#!/bin/bash\n[[ $1 == -c ]] && exit\ntouch {tmp_path}/up; exec sleep 30\n")
+    write_program(tmp_path / "py", f"#!/bin/bash\n[[ $1 == -c ]] && exit\ntouch {tmp_path}/up; exec sleep 600\n")
     env = slurm(tmp_path)
     job = subprocess.Popen(
         ["bash", str(EXAMPLES / "slurm_train.sh"), str(run), "--python", str(tmp_path / "py"), "--skip-check"],
@@ -558,7 +554,7 @@ def test_before_its_time_limit_a_slurm_job_goes_back_into_the_queue(
         cwd=tiny.REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 240
         while not (tmp_path / "up").exists() and time.monotonic() < end:
             time.sleep(0.05)
         job.send_signal(signal.SIGUSR1)
@@ -570,7 +566,7 @@ def test_before_its_time_limit_a_slurm_job_goes_back_into_the_queue(
             assert "--max-requeues=20 is used up" in said, said
         assert job.poll() is None, "the signal alone ended it; Slurm decides when"
         job.send_signal(signal.SIGTERM)
-        output, _ = job.communicate(timeout=20)
+        output, _ = job.communicate(timeout=240)
     finally:
         job.kill()
         job.communicate()

@@ -273,7 +273,7 @@ def train(runs, models, work_dir, kernels, chunk_tokens):
             return _original(*args, **kwargs)
 
         setattr(head, name, counted)
-    platform = init_distributed("cpu", 120)
+    platform = init_distributed("cpu", 300)
     results = {}
     for run, (model, parallel, which) in runs.items():
         os.environ["OREAL_KERNELS"] = kernels if which == "kernels" else "0"

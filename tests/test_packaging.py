@@ -1,7 +1,8 @@
-"""What is handed on is whole: the source distribution holds every file that the repository tracks."""
+"""What is handed on is whole: the source distribution holds every tracked file, and the check says what tests said."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -28,3 +29,20 @@ def test_a_source_distribution_holds_every_tracked_file(tmp_path: Path) -> None:
     with tarfile.open(archive) as files:
         inside = {name.partition("/")[2] for name in files.getnames()}
     assert sorted(tracked - inside - {".gitignore", ".ci/run"}) == []
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_check_ends_as_its_tests_do_when_its_environment_cannot_be_removed(tmp_path: Path, status: int) -> None:
+    """A process that is still ending may write there while ``rm`` runs, which then finds a folder that is not empty."""
+    if not (ROOT / ".ci" / "run").exists():
+        pytest.skip("not a checkout")
+    for folder in ("tests", ".ci", "bin", "tmp"):
+        (tmp_path / folder).mkdir()
+    shutil.copyfile(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    (tmp_path / "tests" / "run.sh").write_text(f'test "$1" = --venv && test -d "$2" && exit {status}\n')
+    (tmp_path / "bin" / "rm").write_text("#!/bin/sh\necho Directory not empty >&2\nexit 1\n")
+    (tmp_path / "bin" / "rm").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "tmp")}
+    command = ["bash", str(tmp_path / ".ci" / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, "Directory not empty\n")

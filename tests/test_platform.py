@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 import sys
 from typing import Any
@@ -184,6 +185,15 @@ def test_ranks_that_wait_are_told_who_refuses_to_come_and_at_their_deadline_how_
     environment = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": True, "RANK": 1}).items():
         monkeypatch.setenv(name, str(value))
+    rendezvous = device._rendezvous
+
+    def reach(deadline: datetime.timedelta) -> tuple[torch.distributed.Store, int, int]:
+        """The way to the store may take a busy machine longer than those who do not come are waited for."""
+        reached, rank, world_size = rendezvous(datetime.timedelta(seconds=300))
+        reached.set_timeout(deadline)
+        return reached, rank, world_size
+
+    monkeypatch.setattr(device, "_rendezvous", reach)
     monkeypatch.setattr(device, "_HEARD_S", 0.0)
     monkeypatch.setattr(device, "_joined", [])
     device.refuse_to_join("unknown key 'sead'")

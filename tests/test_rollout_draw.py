@@ -65,13 +65,13 @@ def test_servers_that_fail_end_the_draw_on_every_rank(answers) -> None:
 def test_a_verifier_that_fails_on_one_rank_ends_the_draw_on_all_long_before_their_deadline(answers) -> None:
     for rank, (said, took) in enumerate(answer["left alone"] for answer in answers[1]):
         assert said.startswith("the verifier is broken" if rank == 2 else f"rank {rank} waited for "), said
-        assert took < 60
+        assert took < 200
 
 
 def test_a_rank_that_waits_in_vain_says_for_what_at_its_deadline() -> None:
     said, took = run_ranks("draw_cases:wait_in_vain", 2)[1]
     assert said.startswith("rank 1 waited for a letter: ")
-    assert 1.5 < took < 20
+    assert 3.5 < took < 300
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 1000, 1001, 4321])

@@ -89,7 +89,7 @@ def test_a_server_that_was_started_again_may_have_less_memory_than_the_one_befor
 
 
 def load_where_one_engine_refuses(path: Path) -> dict[str, Any]:
-    platform = platforms.init_distributed("cpu", 60, host_timeout_s=30)
+    platform = platforms.init_distributed("cpu", 200, host_timeout_s=190)
     engine = EmbeddedEngine(load_model_spec(path), dtype=torch.float32, max_running_requests=1, max_length=8)
     fleet = Fleet(engine, platform)
     fleet.load_weights(3 if platform.rank else 0)

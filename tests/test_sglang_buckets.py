@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,7 +129,7 @@ class Sender:
         self.dispatcher = Dispatcher()
         self.digester = shard_digester(spec, 1, "cpu", torch.float32)
         client = self.dispatcher.client(self.server.url)
-        self.sync = WeightSync(client, str(self.model_dir), tp=1, digester=self.digester, timeout_s=20)
+        self.sync = WeightSync(client, str(self.model_dir), tp=1, digester=self.digester, timeout_s=120)
         nbytes = sum(padded_bytes(shape, torch.float32) for shape in shard.shapes.values())
         self.shelf = ShardStaging(shard.shapes, torch.float32, HostSegment.create(nbytes, "kept"))
         self.kept = self.shelf.tensors
@@ -233,12 +234,12 @@ def test_a_bucket_is_written_again_only_after_the_workers_have_copied_it(sender:
     handover = sender.begin(0)
     sender.send(handover)
     sender.finish(handover)
-    from megatron_oreal.rollout.sglang import handover as module
-
+    sender.server.may_copy.clear()
     with monkeypatch.context() as patch:  # without the fence
-        patch.setattr(module.concurrent.futures, "wait", lambda *_, **__: None)
+        patch.setattr(concurrent.futures, "wait", lambda *_, **__: None)
         handover = sender.begin(1)
         sender.send(handover)
+    sender.server.may_copy.set()
     with pytest.raises(EngineError, match="weights of version 1 did not arrive"):
         sender.finish(handover)
     assert sender.server.version == "none"

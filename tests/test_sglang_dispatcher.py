@@ -16,7 +16,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,16 +40,23 @@ from megatron_oreal.rollout.sglang.dispatcher import (
 LABEL = "run:3"
 SAMPLING = SamplingParams(1.0, 0.9, 0, max_new_tokens=8, max_length=64, stop_token_id=None)
 SETTINGS = DispatchSettings(
-    step_deadline_s=30, request_timeout_s=10, health_interval_s=0.3, health_timeout_s=0.3, recover_timeout_s=3
+    step_deadline_s=200, request_timeout_s=150, health_interval_s=0.3, health_timeout_s=60, recover_timeout_s=100
 )
+"""Patient: a pause of the machine is no failure of a server."""
+IMPATIENT = replace(SETTINGS, health_timeout_s=0.3)
+"""Finds out a server that hangs; one that is only slow comes back."""
 
 
 class Server:
-    """Answers a request with tokens that its seed determines. ``faults`` are consumed, one a request, first to last."""
+    """Answers a request with tokens that its seed determines. ``faults`` are consumed, one a request, first to last.
+
+    ``hanging``: it answers nothing; ``holds``: no request for tokens while this is so.
+    """
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.label, self.delay_s, self.hanging = LABEL, 0.0, False
+        self.holds: Callable[[], bool] = lambda: False
         self.served: list[int] = []
         self.ids: set[str] = set()
         self.concurrent = self.most_concurrent = 0
@@ -70,7 +77,7 @@ class Server:
         self.most_concurrent = max(self.most_concurrent, self.concurrent)
         try:
             await asyncio.sleep(self.delay_s)
-            while self.hanging:
+            while self.hanging or self.holds():
                 await asyncio.sleep(0.05)
             fault = self.faults.pop(0) if self.faults else ""
             if fault == "reset":
@@ -117,6 +124,7 @@ class Cluster:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+        self._runners: list[web.AppRunner] = []
         self.endpoints = [Endpoint(self._call(self._start(server)), LABEL) for server in self.servers]
         self.dispatcher = Dispatcher(SETTINGS)
 
@@ -131,13 +139,14 @@ class Cluster:
             ]
         )
         runner = web.AppRunner(app)
+        self._runners.append(runner)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
     def _call(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def generate(self, count: int, *, samples: int = 4, window: int = 16, **options) -> list[Completion]:
         self.seen: Counter[int] = Counter()
@@ -161,12 +170,22 @@ class Cluster:
 
     def close(self) -> None:
         self.dispatcher.close()
+        for server, runner in zip(self.servers, self._runners, strict=True):
+            server.hanging, server.holds = False, lambda: False
+            self._call(runner.cleanup())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(20)
+        self._thread.join(60)
+        self._loop.close()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CONTROL_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setattr(module, "_KEEPALIVE_S", 600.0)  # these servers do not close what is idle
     cluster = Cluster(3)
     yield cluster
     cluster.close()
@@ -197,31 +216,29 @@ def test_a_server_with_other_weights_gets_nothing_more_and_its_answers_do_not_co
 
 
 def test_a_server_that_returns_with_the_right_weights_gets_requests_again(cluster):
-    late = cluster.servers[0]
+    late, *others = cluster.servers
     late.label = "run:2"
-    for server in cluster.servers:
-        server.delay_s = 0.1
+    for server in others:  # they leave the other half to it
+        server.holds = lambda: sum(len(other.served) for other in others) >= 100 and len(late.served) <= 16
 
     def progress(state: Progress) -> None:
         if state.done > 50:
             late.label = LABEL
 
-    cluster.check(cluster.generate(800, window=8, on_progress=progress), 800)
+    cluster.check(cluster.generate(200, window=8, on_progress=progress), 200)
     assert len(late.served) > 16
 
 
 def test_a_hanging_server_loses_its_requests_to_the_others(cluster):
     cluster.servers[2].hanging = True
-    cluster.dispatcher.settings = replace(SETTINGS, request_timeout_s=25)
-    began = time.monotonic()
+    cluster.dispatcher.settings = replace(IMPATIENT, request_timeout_s=3600)
     cluster.check(cluster.generate(120), 120)
-    assert time.monotonic() - began < 25
     assert cluster.servers[2].served == []
 
 
 def test_a_server_that_only_stalled_gets_its_requests_again_under_other_ids(cluster):
     cluster.endpoints = cluster.endpoints[:1]
-    cluster.dispatcher.settings = replace(SETTINGS, recover_timeout_s=20)
+    cluster.dispatcher.settings = IMPATIENT
     stalled = cluster.servers[0]
     stalled.hanging = True
 
@@ -259,17 +276,19 @@ def test_responses_that_are_not_kept_are_completed_all_the_same(cluster):
 
 
 def test_without_any_server_the_step_ends_after_the_recovery_timeout(cluster):
+    cluster.dispatcher.settings = replace(IMPATIENT, recover_timeout_s=3)
     for server in cluster.servers:
         server.hanging = True
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"no engine has answered for rollout\.server\.recover_timeout_s=3; http"):
         cluster.generate(10)
-    assert 3 < time.monotonic() - began < SETTINGS.step_deadline_s
+    assert time.monotonic() - began > 3
 
 
 def test_giving_up_the_rest_tells_the_servers_to_drop_it(cluster):
-    for server in cluster.servers:
-        server.delay_s = 0.05
+    servers = cluster.servers
+    for server in servers:  # after a third of the requests to the abort
+        server.holds = lambda: sum(len(each.served) for each in servers) >= 100 and not servers[0].aborts
     got = cluster.generate(300, window=8, enough=lambda: cluster.seen.total() >= 24)
     assert cluster.seen == Counter(range(300))
     reasons = Counter(completion.finish_reason for completion in got)
@@ -279,15 +298,15 @@ def test_giving_up_the_rest_tells_the_servers_to_drop_it(cluster):
 
 
 def test_no_thread_task_or_socket_outlives_the_dispatcher():
-    threads, sockets = threading.active_count(), num_sockets()
+    threads, before = set(threading.enumerate()), sockets()
     cluster = Cluster(2)
     cluster.generate(50)
     cluster.close()
-    end = time.monotonic() + 5
-    while threading.active_count() > threads and time.monotonic() < end:
+    end = time.monotonic() + 60
+    while set(threading.enumerate()) - threads and time.monotonic() < end:
         time.sleep(0.05)
-    assert threading.active_count() == threads
-    assert num_sockets() <= sockets + 2 * 16 + 8, "the servers' own ends may still close"
+    assert set(threading.enumerate()) - threads == set()
+    assert sockets() - before == set()
     assert asyncio.all_tasks(cluster.dispatcher._loop) == set()
 
 
@@ -305,9 +324,9 @@ def test_a_thread_that_waits_for_the_dispatcher_does_not_outlive_it():
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    assert begun.wait(20)
+    assert begun.wait(60)
     dispatcher.close()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -319,11 +338,16 @@ def test_requests_in_flight_leave_room_for_the_descriptors_that_others_have(clus
     assert limits == [2000, 2000]
     assert affordable_window(100, 4, held=1000) == 100
     held = []
-    monkeypatch.setattr(module, "affordable_window", lambda window, engines, others: held.append(others) or window)
+
+    def keep(window: int, engines: int, others: int) -> int:
+        held.append((others, len(os.listdir("/proc/self/fd"))))
+        return window
+
+    monkeypatch.setattr(module, "affordable_window", keep)
     for _ in range(2):
         cluster.generate(50)
-    assert held[0] == held[1], "its own connections are not the others'"
-    assert 0 < held[0] <= len(os.listdir("/proc/self/fd"))
+    assert held[0][0] == held[1][0], "its own connections are not the others'"
+    assert 0 < held[0][0] <= held[0][1]
 
 
 def test_the_samples_of_a_prompt_cost_the_memory_of_one_prompt():
@@ -344,14 +368,13 @@ def test_idle_connections_are_closed_before_sglang_closes_them():
     assert int(re.search(r"SGLANG_TIMEOUT_KEEP_ALIVE = EnvInt\((\d+)\)", source)[1]) > module._KEEPALIVE_S
 
 
-def num_sockets() -> int:
-    count = 0
+def sockets() -> set[str]:
+    """Of this process, by numbers that none has again."""
+    links = set()
     for entry in os.listdir("/proc/self/fd"):
-        try:
-            count += os.readlink(f"/proc/self/fd/{entry}").startswith("socket:")
-        except OSError:
-            continue
-    return count
+        with contextlib.suppress(OSError):
+            links.add(os.readlink(f"/proc/self/fd/{entry}"))
+    return {link for link in links if link.startswith("socket:")}
 
 
 def test_seeds_travel_as_signed_64_bit_numbers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -39,7 +40,7 @@ def test_readiness_is_asked_of_the_server_itself_and_not_of_a_proxy(monkeypatch)
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert process._answers(f"http://127.0.0.1:{server.server_port}/health", 20.0)
+        assert process._answers(f"http://127.0.0.1:{server.server_port}/health", 60.0)
         server.shutdown()
 
 
@@ -69,13 +70,24 @@ def test_an_address_of_another_machine_is_a_mistake_in_one_line(tmp_path: Path, 
 
 def test_a_server_without_a_place_for_its_files_fails_as_an_engine_and_can_be_started_later(tmp_path, monkeypatch):
     server = make(tmp_path)
-    before = len(os.listdir("/proc/self/fd"))
+    before = pipes()
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
         with pytest.raises(EngineError, match=r"the SGLang server cannot be started: .*No such file or directory"):
             server.start()
-    assert len(os.listdir("/proc/self/fd")) == before, "the pipe is closed"
-    assert server.pid is None
+    assert pipes() - before == set(), "the pipe is closed"
+    assert server.pid is None and not server.was_started
     server.start()
-    assert server.pid is not None
+    assert server.was_started
+    assert pipes() - before, "the pipe whose end the guard waits for"
     server.close()
+    assert pipes() - before == set()
+
+
+def pipes() -> set[str]:
+    """Of this process, by numbers that none has again."""
+    links = set()
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            links.add(os.readlink(f"/proc/self/fd/{entry}"))
+    return {link for link in links if link.startswith("pipe:")}

@@ -8,27 +8,36 @@ import re
 import subprocess
 import sys
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_oreal.telemetry import progress
 
 
-def test_a_file_gets_few_plain_lines_and_one_at_the_end():
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that the module reads from ``now``, which a test moves on."""
+    clock = SimpleNamespace(now=1000.0)
+    module = sys.modules["megatron_oreal.telemetry.progress"]  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_a_file_gets_few_plain_lines_and_one_at_the_end(clock):
     stream = io.StringIO()
-    with progress("generate", total=300, unit="responses", stream=stream, interval_s=0.1) as bar:
+    with progress("generate", total=300, unit="responses", stream=stream) as bar:
         for _ in range(100):
+            clock.now += 0.25
             bar.update(3, extra="1234 tok/s\x1b[1m\r")
-            time.sleep(0.003)
     lines = stream.getvalue().splitlines()
-    assert 2 <= len(lines) <= 8
-    assert re.fullmatch(r"generate: \d+/300 responses \(\d+ %\), \d\.\d s, \d\.\d s left, 1234 tok/s.*", lines[0])
-    assert re.fullmatch(r"generate: 300/300 responses in \d\.\d s, 1234 tok/s.*", lines[-1])
+    assert len(lines) == 5 + 1  # one in 5 s, in 25 s
+    assert re.fullmatch(r"generate: 60/300 responses \(20 %\), 5\.0 s, 20\.0 s left, 1234 tok/s.*", lines[0])
+    assert re.fullmatch(r"generate: 300/300 responses in 25\.0 s, 1234 tok/s.*", lines[-1])
     assert all(c == "\n" or c.isprintable() for c in stream.getvalue())
 
 
-def test_a_short_phase_still_gets_its_last_line():
+def test_a_short_phase_still_gets_its_last_line(clock):
     stream = io.StringIO()
     with progress("export", total=2, unit="tensors", stream=stream) as bar:
         bar.update()
@@ -36,14 +45,14 @@ def test_a_short_phase_still_gets_its_last_line():
     assert re.fullmatch(r"export: 2/2 tensors in 0\.\d s\n", stream.getvalue())
 
 
-def test_an_unknown_total_is_only_counted():
+def test_an_unknown_total_is_only_counted(clock):
     stream = io.StringIO()
     with progress("verify", stream=stream, interval_s=0.0) as bar:
         bar.update(7)
     assert re.fullmatch(r"verify: 7, 0\.\d s\nverify: 7 in 0\.\d s\n", stream.getvalue())
 
 
-def test_a_phase_that_fails_says_how_far_it_came():
+def test_a_phase_that_fails_says_how_far_it_came(clock):
     stream = io.StringIO()
     bar = progress("load", total=9, unit="shards", stream=stream)
     with contextlib.suppress(KeyError), bar:
@@ -68,7 +77,7 @@ def test_only_rank_0_writes(monkeypatch, capsys, rank, lines):
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    with progress("generate", total=1) as bar:
+    with progress("generate", total=1, interval_s=3600) as bar:
         bar.update()
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -76,24 +85,35 @@ def test_only_rank_0_writes(monkeypatch, capsys, rank, lines):
 
 
 LIVE = """
-import time
+import sys
 from megatron_oreal.telemetry import progress
-with progress("generate", total=40, unit="responses") as a, progress("verify [3]", total=40) as b:
+
+with (
+    progress("generate", total=40, unit="responses", interval_s=3600) as a,
+    progress("verify [3]", total=40, interval_s=3600) as b,
+):
     for i in range(40):
         a.update(1, extra="99 tok/s")
         b.update(1)
-        time.sleep(0.01)
+        if i == 20:
+            sys.stdin.readline()
     print("table line")
 """
+FRAMES = re.compile(r"generate .*[1-9]\d*/40 responses.*\x1b\[1A", re.DOTALL)
+"""A frame with a count in it, and that the next one goes back over both lines."""
 
 
 def run_on_terminal(**env: str) -> tuple[str, str]:
     """Run LIVE with a real terminal as standard error and a pipe as standard output; return what each received."""
     master, slave = pty.openpty()
     environment = os.environ | {"COLUMNS": "120"} | env
-    process = subprocess.Popen([sys.executable, "-c", LIVE], stdout=subprocess.PIPE, stderr=slave, env=environment)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": slave}
+    process = subprocess.Popen([sys.executable, "-c", LIVE], env=environment, **pipes)
+    assert process.stdin is not None and process.stdout is not None
     os.close(slave)
     chunks = []
+    if env["TERM"] == "dumb":
+        process.stdin.close()
     while True:
         try:
             chunk = os.read(master, 65536)
@@ -102,7 +122,10 @@ def run_on_terminal(**env: str) -> tuple[str, str]:
         if not chunk:
             break
         chunks.append(chunk)
-    output = process.communicate(timeout=60)[0]
+        if not process.stdin.closed and FRAMES.search(b"".join(chunks).decode(errors="replace")):
+            process.stdin.close()  # it has been seen at work, and may end
+    with process:
+        output = process.stdout.read()
     os.close(master)
     assert process.returncode == 0, b"".join(chunks).decode()
     return b"".join(chunks).decode(), output.decode()
@@ -112,7 +135,7 @@ def test_a_terminal_gets_live_bars_and_standard_output_stays_what_it_is():
     screen, output = run_on_terminal(TERM="xterm-256color")
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
     assert "\x1b[" in screen
-    assert re.search(r"generate .*[1-9]\d*/40 responses 0:00:0", plain)
+    assert re.search(r"generate .*[1-9]\d*/40 responses \d:\d\d:\d\d", plain)
     assert "99 tok/s" in plain
     assert "verify [3]" in plain
     assert "\x1b[1A" in screen, "both bars are redrawn together, on two lines"
@@ -128,7 +151,9 @@ def test_a_dumb_terminal_gets_plain_lines():
 
 def test_force_color_does_not_put_control_characters_into_a_log():
     environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
-    done = subprocess.run([sys.executable, "-c", LIVE], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIVE], input="", capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout == "table line\n"
     assert "\x1b" not in done.stderr
     assert len(done.stderr.splitlines()) == 2

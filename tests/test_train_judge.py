@@ -17,7 +17,7 @@ def model(tmp_path_factory):
 
 def train(folder: Path, model: Path, *hosts: str, overrides=()):
     config = tiny.write_run(folder, model)
-    limits = ["max_retries=0", "connect_timeout_s=2", "timeout_s=3", "deadline_s=4", "retry_delay_s=0.01"]
+    limits = ["max_retries=0", "connect_timeout_s=120", "timeout_s=120", "deadline_s=240", "retry_delay_s=0.01"]
     keys = [f"verifier.hosts=[{', '.join(hosts)}]", "total_steps=2", "checkpoint.export_hf=false"]
     return tiny.cli("train", config, *keys, *(f"verifier.judge.{limit}" for limit in limits), *overrides)
 

@@ -94,7 +94,7 @@ def config_tree(folder: Path, model: Path) -> dict[str, Any]:
         "optimizer": {"warmup_steps": 1, "actor_lr": 1e-3, "actor_min_lr": 1e-4, "token_level_rm_lr": 1e-3},
         "parallel": {"max_tokens_per_microbatch": 64},
         "checkpoint": {"every": 0},
-        "verifier": {"num_processes": 1},
+        "verifier": {"num_processes": 1, "deadline_s": 300},  # of a machine that stands still for seconds
     }
 
 
@@ -110,15 +110,16 @@ def write_run(folder: Path, model: Path, *, gold_answer: str = "1") -> Path:
 def cli(*arguments: object, max_file_kb: int | None = None) -> subprocess.CompletedProcess[str]:
     """``python -m megatron_oreal`` without a GPU, as a user starts it; ``max_file_kb``: with this ``ulimit -f``."""
     command = [sys.executable, "-m", "megatron_oreal", *map(str, arguments)]
-    if max_file_kb is not None:
-        command = ["bash", "-c", f'ulimit -f {max_file_kb} && exec "$@"', "bash", *command]
+    if max_file_kb is not None:  # a .pyc file that the limit cuts would break every later import
+        limited = f'export PYTHONDONTWRITEBYTECODE=1 && ulimit -f {max_file_kb} && exec "$@"'
+        command = ["bash", "-c", limited, "bash", *command]
     return _run(command)
 
 
 def torchrun(nproc_per_node: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The same under ``torchrun``."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
-    return _run([*start, "-m", "megatron_oreal", *map(str, arguments)])
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]  # no name service
+    return _run([*start, f"--nproc-per-node={nproc_per_node}", "-m", "megatron_oreal", *map(str, arguments)])
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

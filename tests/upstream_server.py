@@ -45,18 +45,23 @@ class OneWorker(torch.nn.Module):
 
 
 class UpstreamServer:
-    """``has_sessions``: as from 0.5.21 on. ``calls``: paths in order. ``slow_s``: before a worker copies."""
+    """``has_sessions``: as from 0.5.21 on. ``calls``: paths in order.
+
+    Before a worker copies, it waits for ``may_copy``, and then for ``slow_s``.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, has_sessions: bool):
         self.model, self.has_sessions = OneWorker(shapes), has_sessions
         self.calls: list[str] = []
         self.version, self.versions = "none", ["none"]
-        self.slow_s, self.breaks_at = 0.0, 0
+        self.may_copy, self.slow_s, self.breaks_at = threading.Event(), 0.0, 0
+        self.may_copy.set()
         self.updates = 0
         self._paused = self._open = False
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(60)
 
     async def _start(self) -> str:
         app = web.Application()
@@ -118,6 +123,7 @@ class UpstreamServer:
         return self._answer(True)
 
     def _load(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        assert self.may_copy.wait(60)
         time.sleep(self.slow_s)
         loader.load(self.model, tensors)
 
@@ -126,5 +132,8 @@ class UpstreamServer:
         self._paused = self._open = False
 
     def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(60)
+        asyncio.run_coroutine_threadsafe(self._loop.shutdown_default_executor(), self._loop).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(60)
+        self._loop.close()

@@ -90,6 +90,8 @@ class Stages:
         self._file = None if folder is None else folder / f"rank_{rank}.json"
         self._deadline_s = deadline_s
         self._stage, self._number, self._is_done = "", 0, False
+        self._writing = threading.Lock()
+        """The deadline may come while a state is written; it ends the process before or after that, not between."""
         self._timer = threading.Timer(deadline_s, self._end)
         self._timer.daemon = True
 
@@ -102,17 +104,20 @@ class Stages:
 
     def at(self, stage: str) -> None:
         """Say what is waited for from now on."""
-        self._stage, self._number = stage, self._number + 1
-        self._write({"stage": stage, "number": self._number})
+        with self._writing:
+            self._stage, self._number = stage, self._number + 1
+            self._write({"stage": stage, "number": self._number})
 
     def done(self, found: Bandwidth) -> None:
         """Leave the result."""
-        self._is_done = True
-        self._write({"found": vars(found)})
+        with self._writing:
+            self._is_done = True
+            self._write({"found": vars(found)})
 
     def failed(self, error: Exception) -> None:
         """Leave the reason."""
-        self._write({"stage": self._stage, "error": " ".join(str(error).split())[:300]})
+        with self._writing:
+            self._write({"stage": self._stage, "error": " ".join(str(error).split())[:300]})
 
     def _write(self, state: dict[str, Any]) -> None:
         if self._file is not None:
@@ -121,6 +126,7 @@ class Stages:
             partial.replace(self._file)
 
     def _end(self) -> None:
+        self._writing.acquire()  # for good
         if self._file is None:
             line = f"error: rank {self._rank} has waited {self._deadline_s:.0f} s for {self._stage}"
             print(f"{line}: --fabric-timeout", file=sys.stderr, flush=True)

@@ -87,7 +87,7 @@ class Dispatcher:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="dispatcher", daemon=True)
         self._thread.start()
-        self._session = self.run(_open_session(), _CONTROL_TIMEOUT_S)
+        self._session = self.run(_open_session())
         self._foreign: int | None = None
         self._closed = False
 
