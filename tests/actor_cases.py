@@ -108,7 +108,7 @@ def make_sequences(count: int, seed: int = 0) -> list[TrainSequence]:
 
 
 def start(config: Config) -> tuple[Platform, ParallelGrid, Actor]:
-    platform = init_distributed("cpu", 120)
+    platform = init_distributed("cpu", 400)
     grid = init_parallel(config.parallel, platform)
     actor = Actor(config, load_model_spec(config.model.path), grid, platform)
     actor.load_hf()
@@ -139,7 +139,7 @@ def compare_with_hf(paths: list[Path], work_dir: Path, parallel: dict[str, Any])
     worst = {}
     for path in paths:
         config = make_config(path, work_dir, parallel)
-        platform = init_distributed("cpu", 120)
+        platform = init_distributed("cpu", 400)
         grid = init_parallel(config.parallel, platform)
         actor = Actor(config, load_model_spec(path), grid, platform, policy_only=True)
         actor.load_hf()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -29,5 +30,12 @@ def shell(name: str, *arguments: Any, ranks: int = 0) -> subprocess.CompletedPro
     """A tool as users start it: ``python X.py``, or ``torchrun X.py`` on so many processes."""
     start = [sys.executable]
     if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start += ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]  # no name service
+        start += [f"--nproc-per-node={ranks}"]
     return tiny._run([*start, str(TOOLS / f"{name}.py"), *map(str, arguments)])
+
+
+def without_progress(stderr: str) -> list[str]:
+    """The lines of standard error but those that tell every few seconds how far it is: on a slow machine only."""
+    progress = re.compile(r"(write|compare): \d+/\d+ tensors( \(\d+ %\))?, ")
+    return [line for line in stderr.splitlines() if not progress.match(line)]

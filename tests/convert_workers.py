@@ -54,7 +54,7 @@ def load_into_plain_model(
     """
     from megatron.core import dist_checkpointing
 
-    platform = init_distributed("cpu", 120)
+    platform = init_distributed("cpu", 400)
     results = []
     for parallel in map(ParallelConfig.model_validate, parallels):
         grid = init_parallel(parallel, platform)

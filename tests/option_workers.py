@@ -170,7 +170,7 @@ def compare(
     path: Path, work_dir: Path, cases: dict[str, tuple[dict[str, Any], str, dict[str, dict[str, Any]]]], resumes: bool
 ) -> dict[str, dict[str, Any]]:
     """``cases``: name -> (parallel sizes, dtype, options by variant). "case/variant" -> what it is against none."""
-    platform = init_distributed("cpu", 120)
+    platform = init_distributed("cpu", 400)
     found: dict[str, dict[str, Any]] = {}
     for case, (sizes, dtype, variants) in cases.items():
         plain = train(path, work_dir / case, sizes, dtype, platform, saves=False)

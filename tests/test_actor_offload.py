@@ -79,7 +79,7 @@ def test_parts_that_are_put_out_leave_at_once_and_those_that_are_known_are_left_
 
 def update_in_all_ways(path: Path, work_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """Every case without and with offloading: its results, weights and the bytes of its parts while they are away."""
-    platform = init_distributed("cpu", 120)
+    platform = init_distributed("cpu", 400)
     answers = {}
     for case, (parallel, dtype) in CASES.items():
         answers[case] = []

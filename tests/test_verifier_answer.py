@@ -149,9 +149,9 @@ def test_a_stop_word_of_another_form_is_given_by_name():
 
 
 def test_much_white_space_between_two_boxes_is_read_in_linear_time():
-    start = time.process_time()
+    start = time.thread_time()
     assert extract_answer("\\boxed{1}\\text{" + " " * 45_000 + "\\boxed{6}") == "6"
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_white_space_after_the_answer_does_not_hide_it():
@@ -166,6 +166,6 @@ def test_white_space_after_the_answer_does_not_hide_it():
     ],
 )  # fmt: skip
 def test_a_megabyte_of_hostile_text_is_read_in_linear_time(unit, request):
-    start = time.process_time()
+    start = time.thread_time()
     extract_answer(unit * (10**6 // len(unit)), FINISH)
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5

@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import os
 import struct
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,8 +77,14 @@ try:
 except SystemExit:
     print("done")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "done", done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def sympy_is_loaded():
+    """Its first import compiles for ten seconds and more."""
+    assert symbolic.read("\\int_0^1 x dx") is not None
 
 
 MONSTERS = [
@@ -94,27 +102,27 @@ MONSTERS = [
 
 @pytest.mark.parametrize("monster", MONSTERS, ids=lambda text: text[:40])
 @pytest.mark.parametrize("gold", ["5", "\\sqrt{2}+x", "(1,2)"])
-def test_a_monster_is_rejected_at_once(monster, gold):
-    start = time.process_time()
+def test_a_monster_is_rejected_at_once(monster, gold, sympy_is_loaded):
+    start = time.thread_time()
     judgement = check(monster, gold)
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
     assert judgement.verdict is not Verdict.CORRECT
 
 
 @pytest.mark.parametrize("monster", MONSTERS[:12])
-def test_a_monster_as_gold_answer_is_unknown_or_unequal_at_once(monster):
-    start = time.process_time()
+def test_a_monster_as_gold_answer_is_unknown_or_unequal_at_once(monster, sympy_is_loaded):
+    start = time.thread_time()
     assert check("5", monster).verdict is not Verdict.CORRECT
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize("answer", ["7" * 10**6, "1+" * 10**6, "\\boxed{" * 10**5, "(" * 10**6, " " * 10**6 + "5x"])
-def test_a_million_characters_are_wrong_not_slow(answer):
-    start = time.process_time()
+def test_a_million_characters_are_wrong_not_slow(answer, sympy_is_loaded):
+    start = time.thread_time()
     judgement = check(answer, "5")
     assert judgement.verdict is Verdict.WRONG
     assert len(judgement.answer) <= 2000
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_two_towers_that_differ_are_not_called_equal():
@@ -128,12 +136,14 @@ def test_simple_answers_import_no_sympy_and_no_mpmath():
         "for pair in pairs: check(*pair)\n"
         "print([m for m in ('sympy', 'mpmath', 'math_verify', 'torch', 'numpy', 'pydantic') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[]"
 
 
 HOSTILE = Path(__file__).parent / "data/verifier_hostile.jsonl"
 DEADLINE_S, MEMORY_MB = 1.0, 1024
+RECORD = struct.Struct("ddQ")
+"""Of ``verifier_watched``."""
 
 
 def _hostile(canary):
@@ -148,25 +158,38 @@ def _hostile(canary):
 
 
 class _Observer(threading.Thread):
-    """Looks at the workers from outside: the longest time at one item, the highest resident memory."""
+    """Looks at the workers from outside: what CPU time one item has taken, the highest resident memory.
+
+    CPU time, because a worker that the machine lets stand still outlives any limit in seconds.
+    """
 
     def __init__(self, pool, folder):
         super().__init__(daemon=True)
         self.pool, self.folder = pool, folder
-        self.longest_s, self.peak_mb, self.done = 0.0, 0.0, False
+        self.cpu_s, self.peak_mb, self.done = {}, 0.0, False
 
     def run(self):
         while not self.done:
             for pid in self.pool.worker_pids:
-                with contextlib.suppress(OSError, IndexError, struct.error):
+                with contextlib.suppress(OSError, IndexError, ValueError, struct.error):
+                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
                     status = Path(f"/proc/{pid}/status").read_text()
                     if "State:\tZ" in status:
                         continue
                     self.peak_mb = max(self.peak_mb, int(status.split("VmHWM:")[1].split()[0]) / 1024)
-                    (since,) = struct.unpack("d", (self.folder / str(pid)).read_bytes())
-                    if since:
-                        self.longest_s = max(self.longest_s, time.monotonic() - since)
+                    began, _, number = RECORD.unpack((self.folder / str(pid)).read_bytes())  # behind ``used``
+                    if number:
+                        self.cpu_s[number] = max(self.cpu_s.get(number, 0.0), used - began)
             time.sleep(0.02)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.done = True
+        self.join()
 
 
 @pytest.fixture
@@ -195,20 +218,29 @@ def test_no_hostile_response_runs_code_outlives_its_deadline_takes_memory_or_dis
         items.append(VerifyItem((kind, number), text, gold))
         if number % 4 == 0:
             items.append(VerifyItem(("ordinary", number), f"so \\boxed{{{number}\\sqrt{{8}}}}", f"{2 * number}\\sqrt2"))
-    with VerifierPool(2, DEADLINE_S, FINISH_WORDS, memory_limit_mb=MEMORY_MB, checker="verifier_watched:judge") as pool:
-        observer = _Observer(pool, watched)
-        observer.start()
-        judgements = pool.verify(items)
-        observer.done = True
-        observer.join()
-    for item, judgement in zip(items, judgements, strict=True):
-        if item.key[0] == "ordinary":
-            assert judgement.verdict is Verdict.CORRECT, (item, judgement)
-            continue
-        assert judgement.verdict is not Verdict.CORRECT, (item.key, item.text[:200], judgement)
+    items = [replace(item, question=str(number)) for number, item in enumerate(items, 1)]
+    ended = {}
+    with (
+        VerifierPool(2, DEADLINE_S, FINISH_WORDS, memory_limit_mb=MEMORY_MB, checker="verifier_watched:judge") as pool,
+        _Observer(pool, watched) as observer,
+    ):
+        judgements = pool.verify(items, lambda item, _: ended.setdefault(int(item.question), time.monotonic()))
+    began = {number: at for _, at, number in (RECORD.unpack(file.read_bytes()) for file in watched.iterdir()) if number}
+    killed = set()
+    for number, (item, judgement) in enumerate(zip(items, judgements, strict=True), 1):
         if judgement.verdict is Verdict.UNKNOWN:
+            killed.add(number)
             assert judgement.reason == f"deadline of {DEADLINE_S:g} s exceeded", (item.key, item.text[:200], judgement)
-    assert 0.5 * DEADLINE_S < observer.longest_s < DEADLINE_S + 1
+            assert judgement.seconds < 60
+        if item.key[0] == "ordinary" and number in killed:  # only when the machine let its worker stand still
+            stood_s = ended[number] - began[number] - observer.cpu_s.get(number, 0.0)
+            assert stood_s > DEADLINE_S / 2, (item, judgement)
+        elif item.key[0] == "ordinary":
+            assert judgement.verdict is Verdict.CORRECT, (item, judgement)
+        else:
+            assert judgement.verdict is not Verdict.CORRECT, (item.key, item.text[:200], judgement)
+    assert killed & observer.cpu_s.keys()
+    assert max(observer.cpu_s.values()) < DEADLINE_S + 1
     assert 20 < observer.peak_mb < MEMORY_MB
     assert not canary.exists()
 
@@ -224,7 +256,7 @@ def test_no_hostile_response_runs_code_outlives_its_deadline_takes_memory_or_dis
     ],
 )
 def test_the_watch_catches_a_checker_that_evaluates_answers(text, watched, tmp_path):
-    with VerifierPool(1, 20, checker="verifier_watched:evaluate") as pool:
+    with VerifierPool(1, 300, checker="verifier_watched:evaluate") as pool:
         (judgement,) = pool.verify([VerifyItem(0, text.format(tmp_path / "written"), "2")])
     assert judgement.reason == "worker ended with status 99"
     assert not (tmp_path / "written").exists()

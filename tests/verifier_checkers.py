@@ -6,6 +6,7 @@ import time
 
 from megatron_oreal.verifier.rules import judge_response
 from megatron_oreal.verifier.untimed import untimed
+from megatron_oreal.verifier.verdict import Judgement, Verdict
 
 
 def on_demand(text, stopped, gold, finish_words, stop_words):
@@ -21,10 +22,20 @@ def on_demand(text, stopped, gold, finish_words, stop_words):
         os._exit(3)
     if text == "ignore the alarm":
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        time.sleep(60)
+        time.sleep(3600)
     if text == "import":
         raise ImportError("cannot import name 'x' from partially initialized module 'y'")
-    if text.startswith("load "):
+    if text == "clocks":
+        before, _ = signal.getitimer(signal.ITIMER_REAL)
+        with untimed():
+            inside, _ = signal.getitimer(signal.ITIMER_REAL)
+        after, _ = signal.getitimer(signal.ITIMER_REAL)
+        return Judgement(Verdict.UNKNOWN, f"{before} {inside} {after}")
+    if text.startswith("load until "):
+        with untimed():
+            while not os.path.exists(text.removeprefix("load until ")):
+                time.sleep(0.02)
+    elif text.startswith("load "):
         with untimed():
             time.sleep(float(text.split()[1]))
         time.sleep(float(text.split()[2]))
@@ -41,8 +52,6 @@ def no_verdict(text, stopped, gold, finish_words, stop_words):
 
 def modules(text, stopped, gold, finish_words, stop_words):
     import sys
-
-    from megatron_oreal.verifier.verdict import Judgement, Verdict
 
     return Judgement(Verdict.WRONG, " ".join(sorted(sys.modules)))
 

@@ -1,7 +1,8 @@
-"""The rules in a worker that watches itself: what model output makes it do, and since when it has been at one item.
+"""The rules in a worker that watches itself: what model output makes it do, and what it has been at since when.
 
 An audit hook ends the process with status ``BREACH`` at the first thing that only running code, or a library lured into
-it, would do. The start of the item in work stands in the file ``$VERIFIER_WATCH/<pid>``, 0 between items.
+it, would do. Of the item in work, the worker's CPU seconds and the monotonic clock at its start and its number (from 1,
+given as its question) stand in the file ``$VERIFIER_WATCH/<pid>``; all are 0 between items.
 """
 
 import mmap
@@ -17,6 +18,7 @@ import mpmath  # noqa: F401
 from megatron_oreal.verifier.rules import judge_response
 
 BREACH = 99
+RECORD = struct.Struct("ddQ")
 _FORBIDDEN = (
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile", "os.remove", "os.rename",
     "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.kill", "os.putenv", "pty.", "subprocess.",
@@ -56,27 +58,27 @@ def _hook(event: str, args: tuple[object, ...]) -> None:
         os._exit(BREACH)
 
 
-def _clock() -> mmap.mmap:
+def _record() -> mmap.mmap:
     with open(os.path.join(os.environ["VERIFIER_WATCH"], str(os.getpid())), "w+b") as file:
-        file.write(bytes(8))
+        file.write(bytes(RECORD.size))
         file.flush()
-        return mmap.mmap(file.fileno(), 8)
+        return mmap.mmap(file.fileno(), RECORD.size)
 
 
-_since = _clock()
+_in_work = _record()
 sys.dont_write_bytecode = True
 sys.addaudithook(_hook)
 
 
-def judge(text, stopped, gold, finish_words, stop_words):
+def judge(text, stopped, gold, finish_words, stop_words, *, question):
     global _watching
-    _since[:] = struct.pack("d", time.monotonic())
+    _in_work[:] = RECORD.pack(time.process_time(), time.monotonic(), int(question))
     _watching = True
     try:
         return judge_response(text, stopped, gold, finish_words, stop_words)
     finally:
         _watching = False
-        _since[:] = bytes(8)
+        _in_work[:] = bytes(RECORD.size)
 
 
 def evaluate(text, stopped, gold, finish_words, stop_words):

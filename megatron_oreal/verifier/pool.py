@@ -251,7 +251,8 @@ class VerifierPool:
             except (EOFError, OSError):
                 self._replace(worker)
         for worker in list(self._workers):
-            if self._overdue(worker) <= 0:
+            # Not while there is news: this thread itself may have stood still since the wait above.
+            if self._overdue(worker) <= 0 and not worker.connection.poll():
                 worker.overdue = worker.ready
                 worker.process.kill()
                 self._replace(worker)
