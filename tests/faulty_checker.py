@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,14 +26,15 @@ def judge_response(
     """As ``mixed_checker.judge_response``."""
     fault = json.loads(os.environ["OREAL_TEST_FAULT"])
     work_dir = Path(fault["work_dir"])
-    with (work_dir / "responses").open("ab") as file:
+    with (work_dir / "responses").open("ab", buffering=0) as file:
         file.write(b".")
         count = file.tell()  # of all that every process has appended
     if count == fault["after"]:
         members = group_members(leader_of(work_dir))
         (work_dir / "victims").write_text(json.dumps(members))
         for pid in members[1:] if fault["signal"] == "SIGKILL" else members:  # the first is the guard
-            os.kill(pid, getattr(signal, fault["signal"]))
+            with contextlib.suppress(ProcessLookupError):  # gone with another one
+                os.kill(pid, getattr(signal, fault["signal"]))
     return mixed_checker.judge_response(text, stopped, gold, finish_words, stop_words)
 
 

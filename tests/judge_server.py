@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+from ports import free_port
 
 MODEL = "judge-model"
 Respond = Callable[[dict[str, Any], web.Request], Awaitable[web.StreamResponse]]
@@ -149,7 +150,7 @@ class JudgeServer:
     """
 
     def __init__(self, respond: Respond = honest, *, models: Any = (MODEL,), port: int = 0) -> None:
-        self.respond, self.models, self.port = respond, models, port
+        self.respond, self.models, self.port = respond, models, port or free_port()
         self.payloads: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = 0
@@ -192,7 +193,6 @@ class JudgeServer:
         runner = web.AppRunner(app, shutdown_timeout=0, handler_cancellation=True)
         await runner.setup()
         listener = socket.create_server(("127.0.0.1", self.port), reuse_port=False)
-        self.port = listener.getsockname()[1]
         await web.SockSite(runner, listener).start()
         started.set()
         await self._stopping.wait()

@@ -19,7 +19,7 @@ import torch
 pytest.register_assert_rewrite("engine_contract")
 
 import engine_contract as contract  # noqa: E402
-from sglang_server import fast_settings, left_over, make_engine, needs_sglang, stage_hf_weights  # noqa: E402
+from sglang_server import fast_settings, holders, left_over, make_engine, needs_sglang, stage_hf_weights  # noqa: E402
 
 from megatron_oreal.rollout.engine import Completion, EngineError, Request  # noqa: E402
 from megatron_oreal.rollout.hf_weights import load_hf_engine, write_hf_weights  # noqa: E402
@@ -55,10 +55,10 @@ def expected(model_dir) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def engine(model_dir, tmp_path_factory):
-    before, segments = left_over([]), shared_memory()
+    before, segments, folder = left_over([]), shared_memory(), tmp_path_factory.mktemp("server")
     engine = make_engine(
         model_dir,
-        tmp_path_factory.mktemp("server"),
+        folder,
         settings=fast_settings(window=24, max_restarts=9, control_timeout_s=40.0),
         server_args={"enable_memory_saver": True},
     )
@@ -66,8 +66,7 @@ def engine(model_dir, tmp_path_factory):
     yield engine
     port, group = engine._server.port, engine._server.pid
     engine.shutdown()
-    with socket.create_server(("127.0.0.1", port)):  # nobody listens there any more; soon somebody else may
-        pass
+    assert not any(str(folder) in text for text in holders(port))  # somebody else may listen there by now
     assert group_members(group) == []
     assert left_over(before) == []
     assert shared_memory() <= segments, "shared memory is still open"

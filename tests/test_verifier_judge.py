@@ -17,13 +17,13 @@ from megatron_oreal.verifier.judge import Judge
 from megatron_oreal.verifier.verdict import Judgement, Verdict
 
 RULES = Judgement(Verdict.WRONG, "not equal", "x")
-SLACK_S = 5.0  # a loaded machine
+SLACK_S = 60.0  # a loaded machine
 RIGHT, WRONG = "\\boxed{surely twelve}", "\\boxed{surely thirteen}"
 
 
 def settings(*hosts, **judge):
-    """A config with limits of seconds and pauses of milliseconds; ``judge`` overrides keys of ``verifier.judge``."""
-    keys = {"timeout_s": 3.0, "deadline_s": 9.0, "connect_timeout_s": 3.0, "retry_delay_s": 0.01, "cache": None}
+    """A config with pauses of milliseconds, and limits that no machine is too slow for; ``judge`` overrides keys."""
+    keys = {"timeout_s": 120.0, "deadline_s": 240.0, "connect_timeout_s": 120.0, "retry_delay_s": 0.01, "cache": None}
     names = [host.host if isinstance(host, JudgeServer) else host for host in hosts]
     return VerifierConfig.model_validate({"hosts": names, "judge": keys | judge})
 
@@ -140,7 +140,8 @@ BROKEN = {
 
 @pytest.mark.parametrize(("respond", "reason"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_judge_that_fails_is_unknown_with_its_reason_in_time(respond, reason):
-    limits = {"timeout_s": 0.2, "deadline_s": 0.8} if "deadline" in reason else {"timeout_s": 5, "deadline_s": 10}
+    limits = {"timeout_s": 0.2, "deadline_s": 2.0 if "HTTP" in reason or "429" in reason else 0.8}
+    limits = limits if "deadline" in reason else {}
     with JudgeServer(respond) as server:
         judgements = ask(settings(server, max_retries=1, model="m", **limits), RIGHT, WRONG, "\\boxed{7}")
     for judgement in judgements:
@@ -165,7 +166,7 @@ def test_nothing_is_scored_wrong_because_the_judge_failed_and_nothing_is_lost_or
 
     texts = [text.replace("surely", f"surely {n}") for n in range(40) for text in (RIGHT, WRONG)]
     with JudgeServer(moody) as server:
-        judgements = ask(settings(server, timeout_s=0.1, max_retries=1, deadline_s=6, concurrency_per_host=8), *texts)
+        judgements = ask(settings(server, timeout_s=0.1, max_retries=1, deadline_s=120, concurrency_per_host=8), *texts)
     for number, judgement in enumerate(judgements):
         assert judgement.verdict in (Verdict.UNKNOWN, (Verdict.CORRECT, Verdict.WRONG)[number % 2]), judgement
     counts = {verdict: sum(j.verdict is verdict for j in judgements) for verdict in Verdict}
@@ -175,11 +176,8 @@ def test_nothing_is_scored_wrong_because_the_judge_failed_and_nothing_is_lost_or
 
 @pytest.mark.parametrize("bad", [servers.hang, servers.reset, servers.status(500), servers.status(429)])
 def test_the_load_moves_away_from_a_bad_host_and_every_item_gets_its_verdict(bad):
-    with (
-        JudgeServer(bad) as worse,
-        JudgeServer() as better,
-        Bench(settings(worse, better, timeout_s=1.0, deadline_s=20)) as bench,
-    ):
+    limits = {"timeout_s": 1.0} if bad is servers.hang else {}
+    with JudgeServer(bad) as worse, JudgeServer() as better, Bench(settings(worse, better, **limits)) as bench:
         judgements = bench.ask(*(f"\\boxed{{{n} twelve}}" for n in range(40)))
         stats = bench.judge.stats()
     assert {j.verdict for j in judgements} == {Verdict.CORRECT}
@@ -204,7 +202,7 @@ def test_a_host_that_comes_back_is_used_again():
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(JudgeServer(servers.status(500)))
         other = stack.enter_context(JudgeServer(servers.slow(0.02)))
-        with Bench(settings(server, other, deadline_s=20, concurrency_per_host=2)) as bench:
+        with Bench(settings(server, other, concurrency_per_host=2)) as bench:
             bench.ask(*(f"\\boxed{{{n} twelve}}" for n in range(20)))
             server.respond = servers.honest
             before = len(server.payloads)
@@ -217,7 +215,7 @@ def test_a_host_that_comes_back_is_used_again():
 
 def test_items_wait_for_a_single_host_that_dies_in_the_middle_and_comes_back():
     with JudgeServer(servers.slow(0.05)) as server:
-        config = settings(server, deadline_s=20, timeout_s=5, concurrency_per_host=4, max_retries=50)
+        config = settings(server, concurrency_per_host=4, max_retries=50)
         with Bench(config) as bench:
             for key in range(40):
                 bench.judge.submit(key, "?", "twelve", f"\\boxed{{{key} twelve}}", RULES)
@@ -232,13 +230,13 @@ def test_items_wait_for_a_single_host_that_dies_in_the_middle_and_comes_back():
 
 def test_items_of_a_host_that_dies_for_good_are_unknown_in_time():
     with JudgeServer(servers.slow(0.05)) as server:
-        config = settings(server, timeout_s=0.5, deadline_s=1.5, concurrency_per_host=4)
+        config = settings(server, timeout_s=0.5, deadline_s=4, concurrency_per_host=4)
         with Bench(config) as bench:
-            for key in range(60):
+            for key in range(160):
                 bench.judge.submit(key, "?", "twelve", f"\\boxed{{{key} twelve}}", RULES)
             found = bench.collect(8)
             server.stop()
-            found |= bench.collect(52)
+            found |= bench.collect(152)
             server.start()
     assert {j.verdict for j in found.values()} == {Verdict.CORRECT, Verdict.UNKNOWN}
     reasons = {j.reason for j in found.values() if j.verdict is Verdict.UNKNOWN}
@@ -247,7 +245,7 @@ def test_items_of_a_host_that_dies_for_good_are_unknown_in_time():
 
 def test_a_server_that_is_down_for_longer_than_all_retries_take_costs_no_verdict():
     """A request that finds no connection is no attempt: the one item in flight waits for the server's new start."""
-    with JudgeServer() as server, Bench(settings(server, deadline_s=20, max_retries=1, model="m")) as bench:
+    with JudgeServer() as server, Bench(settings(server, max_retries=1, model="m")) as bench:
         server.stop()
         bench.judge.submit(0, "?", "twelve", RIGHT, RULES)
         time.sleep(0.8)
@@ -259,9 +257,9 @@ def test_a_server_that_is_down_for_longer_than_all_retries_take_costs_no_verdict
 
 def test_an_equal_case_in_flight_that_runs_out_of_its_time_costs_a_later_one_no_verdict():
     respond = servers.in_turn(servers.hang, servers.honest)
-    with JudgeServer(respond) as server, Bench(settings(server, timeout_s=3, deadline_s=3, model="m")) as bench:
+    with JudgeServer(respond) as server, Bench(settings(server, timeout_s=6, deadline_s=6, model="m")) as bench:
         bench.judge.submit("first", "?", "twelve", RIGHT, RULES)
-        time.sleep(1.5)
+        time.sleep(3)
         bench.judge.submit("second", "?", "twelve", RIGHT, RULES)
         found = bench.collect(2)
         stats = bench.judge.stats()
@@ -288,22 +286,20 @@ def test_a_host_that_takes_no_connection_is_unreachable_in_time():
 
 def test_concurrency_keeps_to_its_limit_a_host_and_uses_it():
     with JudgeServer(servers.slow(0.05)) as server:
-        ask(settings(server, concurrency_per_host=3, deadline_s=20), *(f"\\boxed{{{n} twelve}}" for n in range(30)))
+        ask(settings(server, concurrency_per_host=3), *(f"\\boxed{{{n} twelve}}" for n in range(30)))
     assert server.most_at_once == 3
 
 
 def test_the_released_names_give_num_processes_times_concurrency_per_proc_in_flight():
     with JudgeServer(servers.slow(0.1)) as one, JudgeServer(servers.slow(0.1)) as other:
-        config = settings(one, other, deadline_s=20, timeout_s=5).model_copy(
-            update={"num_processes": 2, "concurrency_per_proc": (3, 8)}
-        )
+        config = settings(one, other).model_copy(update={"num_processes": 2, "concurrency_per_proc": (3, 8)})
         ask(config, *(f"\\boxed{{{n} twelve}}" for n in range(40)))
     assert (one.most_at_once, other.most_at_once) == (3, 3)
 
 
 def test_retry_after_is_obeyed_and_costs_no_attempt():
     respond = servers.in_turn(servers.status(429, {"Retry-After": "1"}), servers.honest)
-    with JudgeServer(respond) as server, Bench(settings(server, deadline_s=20, max_retries=0)) as bench:
+    with JudgeServer(respond) as server, Bench(settings(server, max_retries=0)) as bench:
         began = time.monotonic()
         (judgement,) = bench.ask(RIGHT)
     assert judgement.verdict is Verdict.CORRECT
@@ -407,7 +403,7 @@ def test_a_thinking_model_may_think_when_the_config_says_so():
 def test_a_majority_of_all_votes_decides_and_no_majority_is_unknown(replies, verdict):
     turns = servers.in_turn(*(servers.always(reply) for reply in replies))
     with JudgeServer(turns) as server:
-        (judgement,) = ask(settings(server, votes=3, max_retries=0, timeout_s=5, deadline_s=9), RIGHT)
+        (judgement,) = ask(settings(server, votes=3, max_retries=0), RIGHT)
     assert judgement.verdict is verdict
     if verdict is Verdict.UNKNOWN:
         assert judgement.reason.startswith("judge votes: no majority of 3")
@@ -428,7 +424,7 @@ def test_a_server_started_again_with_another_model_is_asked_for_its_name_again()
 def test_close_in_the_middle_of_everything_ends_the_thread_at_once():
     threads = set(threading.enumerate())
     with JudgeServer(servers.hang) as server:
-        bench = Bench(settings(server, timeout_s=60, deadline_s=60))
+        bench = Bench(settings(server, timeout_s=600, deadline_s=600))
         for key in range(50):
             bench.judge.submit(key, "?", "twelve", f"\\boxed{{{key}}}", RULES)
         time.sleep(0.2)

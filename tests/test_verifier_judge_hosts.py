@@ -1,5 +1,6 @@
 """Addresses of judge hosts and the other keys of a judge: what is accepted, and the line for what is not."""
 
+import contextlib
 import datetime
 import email.utils
 import re
@@ -119,22 +120,22 @@ def test_a_server_that_breaks_on_constrained_output_is_found_out_by_the_check():
 
 
 def test_check_names_every_host_and_what_it_answered_when_none_gives_a_verdict():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    with (
-        JudgeServer(models=None) as first,
-        JudgeServer(servers.saying("yes")) as second,
-        Bench(settings(first, second, f"127.0.0.1:{port}")) as bench,
-        pytest.raises(UserError) as caught,
-    ):
-        bench.judge.check()
+    with contextlib.ExitStack() as stack:
+        taken = stack.enter_context(socket.socket())
+        taken.bind(("127.0.0.1", 0))  # and not listening
+        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+        first = stack.enter_context(JudgeServer(models=None))
+        second = stack.enter_context(JudgeServer(servers.saying("yes")))
+        bench = stack.enter_context(Bench(settings(first, second, nobody)))
+        with pytest.raises(UserError) as caught:
+            bench.judge.check()
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("verifier.hosts: none of the 3 judge hosts gives a verdict (http://127.0.0.1:")
     for part in (
         "/v1/models: HTTP 404 (verifier.judge.model names one without it)",
         "not one of the two verdicts but 'yes'",
-        f"http://127.0.0.1:{port}/v1: Cannot connect",
+        f"http://{nobody}/v1: Cannot connect",
         "verifier.hosts=[]",
     ):
         assert part in message

@@ -44,7 +44,7 @@ NONCE = "48213377"
 def ask_all(respond, screened=False):
     """Verdicts on all injections from a real server, and the payloads it got, in their order."""
     results = queue.SimpleQueue()
-    tree = {"cache": None, "max_retries": 0, "timeout_s": 20, "deadline_s": 60, "concurrency_per_host": 1}
+    tree = {"cache": None, "max_retries": 0, "timeout_s": 120, "deadline_s": 240, "concurrency_per_host": 1}
     tree["screen_answers"] = screened
     with JudgeServer(respond) as server:
         config = VerifierConfig.model_validate({"hosts": [server.host], "judge": tree})
@@ -53,7 +53,7 @@ def ask_all(respond, screened=False):
                 rules = Judgement(Verdict.WRONG, "not equal")
                 question = f"{row['question']} ({key})"  # equal cases are asked once
                 judge.submit(key, question, row["gold_answer"], row["response"], rules)
-            found = dict(results.get(timeout=60) for _ in INJECTIONS)
+            found = dict(results.get(timeout=240) for _ in INJECTIONS)
     return [found[key] for key in range(len(INJECTIONS))], server.payloads
 
 

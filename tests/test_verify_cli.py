@@ -20,8 +20,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "verifier.md"
 END = "<|im_end|>"
 FAST = [
     "judge.cache=null",
-    "judge.timeout_s=2",
-    "judge.deadline_s=5",
+    "judge.timeout_s=120",
+    "judge.deadline_s=240",
     "judge.retry_delay_s=0.01",
     "judge.max_retries=1",
 ]
@@ -33,7 +33,7 @@ def run(*arguments, folder=None, stdin=""):
     env["PYTHONPATH"] = str(Path(__file__).parent.parent)
     return subprocess.run(
         [sys.executable, "-m", "megatron_oreal", "verify", *map(str, arguments)],
-        env=env, cwd=folder, input=stdin, capture_output=True, text=True, timeout=120, check=False,
+        env=env, cwd=folder, input=stdin, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_a_slow_row_holds_back_the_rows_behind_it_and_loses_none(capsys, tmp_pat
     with JudgeServer(first_is_slow) as server:
         said = in_process(
             capsys, "--file", write_rows(tmp_path / "in.jsonl", rows), "--out", out, "--hosts", server.host,
-            "--num-processes", "1", "--cache", tmp_path / "cache.txt", "--set", "judge.timeout_s=9",
+            "--num-processes", "1", "--cache", tmp_path / "cache.txt", "--set", "judge.timeout_s=240",
         )  # fmt: skip
     assert [row["extracted_answer"] for row in rows_of(out)] == [f"surely twelve {n}" for n in range(30)]
     totals = json.loads(said)
@@ -227,15 +227,16 @@ def test_the_output_is_never_half_written(capsys, tmp_path):
     with JudgeServer(servers.hang) as server:
         hanging = write_rows(tmp_path / "hang.jsonl", [{"gold_answer": "5", "response": f"\\boxed{{6}}{END}"}] * 10)
         server.respond = servers.in_turn(servers.always("CORRECT"), servers.hang)
-        command = [sys.executable, "-m", "megatron_oreal", "verify", "--file", hanging, "--out", tmp_path / "out.jsonl"]
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "megatron_oreal", "verify", "--file", hanging]
+        command += ["--out", tmp_path / "out.jsonl"]  # a background job of a shell ignores SIGINT, and so its children
         process = subprocess.Popen(
             [*map(str, command), "--hosts", server.host, "--set", "judge.cache=null"], stderr=subprocess.PIPE, text=True
         )
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while len(server.payloads) < 2 and time.monotonic() < end:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hang.jsonl", "in.jsonl"]
@@ -250,7 +251,7 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_and_two_at_once_are_n
             [*map(str, command), "--hosts", server.host, "--set", "judge.cache=null"], stderr=subprocess.DEVNULL
         )
         try:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 300
             while len(server.payloads) < 2 and time.monotonic() < end:
                 time.sleep(0.02)
             assert "is being written by another process" in refused(capsys, "--file", source, "--out", out)
@@ -338,5 +339,5 @@ def test_the_command_imports_neither_torch_nor_aiohttp_nor_numpy():
         "main(['verify', '--gold', '5', '--response', '5', '--stop-word', ''])\n"
         "print(sorted({'torch', 'numpy', 'aiohttp', 'sympy', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
