@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -329,6 +330,25 @@ def test_what_appears_under_the_name_meanwhile_is_not_overwritten(tmp_path: Path
         out.commit()
     out.abandon()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_second_writer_whom_the_first_has_overtaken_is_refused_and_removes_nothing(tmp_path, monkeypatch):
+    """Both find what a killed writer left: one opens it to take its lock, and the other removes it and begins anew."""
+    (tmp_path / ".out.incomplete").mkdir()
+    first, second = NewDirectory(tmp_path / "out"), NewDirectory(tmp_path / "out")
+    flock = fcntl.flock
+
+    def overtaken(descriptor, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.begin()
+        (first.partial / "weights").write_text("the first's")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    with pytest.raises(UserError, match="another process is writing it"):
+        second.begin()
+    first.commit()
+    assert (tmp_path / "out" / "weights").read_text() == "the first's"
 
 
 def test_a_directory_whose_writing_raises_is_removed_and_one_that_is_complete_stays(tmp_path: Path) -> None:

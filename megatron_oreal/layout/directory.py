@@ -114,12 +114,16 @@ class NewDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._release()
-            raise UserError(
-                f"{self.path}: another process is writing it: wait for it, or choose another name"
-            ) from None
+            raise self._taken() from None
         except OSError:
             pass  # a file system without locks
+        # Another process may have removed what was opened here, and made it anew, before the lock was held.
+        if not self.partial.exists() or not os.path.samestat(os.fstat(self._lock), self.partial.stat()):
+            raise self._taken()
+
+    def _taken(self) -> UserError:
+        self._release()
+        return UserError(f"{self.path}: another process is writing it: wait for it, or choose another name")
 
     def _release(self) -> None:
         if self._lock is not None:
