@@ -43,7 +43,7 @@ def leader_of(work_dir: Path) -> int:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue
             if "guard.py" in " ".join(words) and str(work_dir / "sglang" / f"{VICTIM}.json") in words:

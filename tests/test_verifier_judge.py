@@ -1,5 +1,6 @@
 """The judge against a real server that misbehaves on purpose: every item ends, in time, and never wrongly *wrong*."""
 
+import asyncio
 import contextlib
 import queue
 import random
@@ -67,9 +68,24 @@ def ask(config, *responses, **options):
 
 
 def test_verdicts_are_the_judges_and_equal_cases_in_flight_are_asked_once():
-    with JudgeServer(servers.slow(0.1)) as server, Bench(settings(server, concurrency_per_host=50)) as bench:
-        judgements = bench.ask(*[RIGHT, WRONG] * 20)
-        stats = bench.judge.stats()
+    all_are_in = threading.Event()
+
+    async def wait_for_all(payload, request):
+        while not all_are_in.is_set():
+            await asyncio.sleep(0.01)
+        return await servers.slow(0.1)(payload, request)
+
+    with JudgeServer(wait_for_all) as server, Bench(settings(server, concurrency_per_host=50)) as bench:
+        for key, response in enumerate([RIGHT, WRONG] * 20):
+            bench.judge.submit(key, "How many?", "twelve", response, RULES)
+        stats, end = bench.judge.stats(), time.monotonic() + SLACK_S
+        while stats.shared < 38 and time.monotonic() < end:
+            time.sleep(0.01)
+            stats += bench.judge.stats()
+        all_are_in.set()
+        found = bench.collect(40)
+        stats += bench.judge.stats()
+    judgements = [found[key] for key in range(40)]
     assert [(j.verdict, j.reason) for j in judgements[:2]] == [
         (Verdict.CORRECT, "judge: correct"),
         (Verdict.WRONG, "judge: wrong"),
@@ -151,9 +167,14 @@ def test_a_judge_that_fails_is_unknown_with_its_reason_in_time(respond, reason):
 
 
 def test_at_the_deadline_the_reason_is_what_the_server_did_and_not_only_that_time_is_up():
-    with JudgeServer(servers.hang) as server:
-        (judgement,) = ask(settings(server, timeout_s=0.5, deadline_s=0.5, model="m"), RIGHT)
-    assert re.fullmatch(r"judge deadline: http://\S+: no whole reply within 0\.\d+ s", judgement.reason)
+    """Whether the request ran out of its time first or, after a pause of the machine, the item."""
+    limits = {"deadline_s": 1, "max_retries": 0, "model": "m"}
+    with JudgeServer(servers.honest) as server, Bench(settings(server, **limits)) as bench:
+        assert bench.judge.check() == []  # a connection is open: a pause does not keep the next request from one
+        server.respond = servers.hang
+        (judgement,) = bench.ask(RIGHT)
+    said = r"http://\S+: no whole reply within [\d.]+ s"
+    assert re.fullmatch(rf"judge deadline: ({said}|no verdict within 1 s \({said}\))", judgement.reason)
 
 
 def test_nothing_is_scored_wrong_because_the_judge_failed_and_nothing_is_lost_or_comes_twice():
@@ -166,7 +187,7 @@ def test_nothing_is_scored_wrong_because_the_judge_failed_and_nothing_is_lost_or
 
     texts = [text.replace("surely", f"surely {n}") for n in range(40) for text in (RIGHT, WRONG)]
     with JudgeServer(moody) as server:
-        judgements = ask(settings(server, timeout_s=0.1, max_retries=1, deadline_s=120, concurrency_per_host=8), *texts)
+        judgements = ask(settings(server, timeout_s=1, max_retries=1, deadline_s=120, concurrency_per_host=8), *texts)
     for number, judgement in enumerate(judgements):
         assert judgement.verdict in (Verdict.UNKNOWN, (Verdict.CORRECT, Verdict.WRONG)[number % 2]), judgement
     counts = {verdict: sum(j.verdict is verdict for j in judgements) for verdict in Verdict}
@@ -229,14 +250,15 @@ def test_items_wait_for_a_single_host_that_dies_in_the_middle_and_comes_back():
 
 
 def test_items_of_a_host_that_dies_for_good_are_unknown_in_time():
-    with JudgeServer(servers.slow(0.05)) as server:
-        config = settings(server, timeout_s=0.5, deadline_s=4, concurrency_per_host=4)
+    replies = [servers.honest] * 8
+    with JudgeServer(servers.in_turn(*replies, servers.hang)) as server:
+        config = settings(server, deadline_s=4, concurrency_per_host=4)
         with Bench(config) as bench:
-            for key in range(160):
+            for key in range(60):
                 bench.judge.submit(key, "?", "twelve", f"\\boxed{{{key} twelve}}", RULES)
             found = bench.collect(8)
             server.stop()
-            found |= bench.collect(152)
+            found |= bench.collect(52)
             server.start()
     assert {j.verdict for j in found.values()} == {Verdict.CORRECT, Verdict.UNKNOWN}
     reasons = {j.reason for j in found.values() if j.verdict is Verdict.UNKNOWN}
@@ -257,9 +279,9 @@ def test_a_server_that_is_down_for_longer_than_all_retries_take_costs_no_verdict
 
 def test_an_equal_case_in_flight_that_runs_out_of_its_time_costs_a_later_one_no_verdict():
     respond = servers.in_turn(servers.hang, servers.honest)
-    with JudgeServer(respond) as server, Bench(settings(server, timeout_s=6, deadline_s=6, model="m")) as bench:
+    with JudgeServer(respond) as server, Bench(settings(server, deadline_s=3, model="m")) as bench:
         bench.judge.submit("first", "?", "twelve", RIGHT, RULES)
-        time.sleep(3)
+        bench.judge._config = settings(server, deadline_s=120, model="m")  # the second one has more time left
         bench.judge.submit("second", "?", "twelve", RIGHT, RULES)
         found = bench.collect(2)
         stats = bench.judge.stats()
